@@ -1,0 +1,34 @@
+// Every op of the package on one screen. Kernels register themselves at the end of csrc/<device>/<family>_ops.cpp;
+// fake kernels and autograd formulas are in fastnlp_ops/_ops/<family>.py.
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(fastnlp_ops, m) {
+  // Linear-chain CRF. `messages` is what the backward pass needs beside the inputs (docs: csrc/cpu/crf.cpp).
+  m.def(
+      "crf_log_partition(Tensor emissions, Tensor transitions, Tensor? start_transitions, Tensor? end_transitions, "
+      "Tensor? mask, Tensor? cu_seqlens, bool save_messages) -> (Tensor log_partition, Tensor messages)");
+  m.def(
+      "crf_log_partition_backward(Tensor grad, Tensor messages, Tensor emissions, Tensor transitions, "
+      "Tensor? start_transitions, Tensor? end_transitions, Tensor? mask, Tensor? cu_seqlens, bool transition_grad) -> "
+      "(Tensor demissions, Tensor dtransitions, Tensor dstart_transitions, Tensor dend_transitions)");
+  m.def(
+      "crf_log_likelihood(Tensor emissions, Tensor tags, Tensor transitions, Tensor? start_transitions, "
+      "Tensor? end_transitions, Tensor? mask, Tensor? cu_seqlens, bool save_messages) -> "
+      "(Tensor log_likelihood, Tensor messages)");
+  m.def(
+      "crf_log_likelihood_backward(Tensor grad, Tensor messages, Tensor emissions, Tensor tags, Tensor transitions, "
+      "Tensor? start_transitions, Tensor? end_transitions, Tensor? mask, Tensor? cu_seqlens, bool transition_grad) -> "
+      "(Tensor demissions, Tensor dtransitions, Tensor dstart_transitions, Tensor dend_transitions)");
+  m.def(
+      "crf_viterbi(Tensor emissions, Tensor transitions, Tensor? start_transitions, Tensor? end_transitions, "
+      "Tensor? mask, Tensor? cu_seqlens) -> (Tensor paths, Tensor scores)");
+  m.def(
+      "crf_viterbi_n_best(Tensor emissions, Tensor transitions, Tensor? start_transitions, Tensor? end_transitions, "
+      "Tensor? mask, Tensor? cu_seqlens, int n_best) -> (Tensor paths, Tensor scores)");
+  m.def(
+      "crf_sample(Tensor emissions, Tensor transitions, Tensor? start_transitions, Tensor? end_transitions, "
+      "Tensor? mask, Tensor? cu_seqlens, Tensor uniforms) -> Tensor");
+  m.def(
+      "crf_entropy(Tensor emissions, Tensor transitions, Tensor? start_transitions, Tensor? end_transitions, "
+      "Tensor? mask, Tensor? cu_seqlens) -> Tensor");
+}
