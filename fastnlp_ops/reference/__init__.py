@@ -1,0 +1,25 @@
+"""Every op in plain PyTorch: any device, any dtype, differentiable twice, written to be read. Slow on purpose."""
+
+from fastnlp_ops.reference.crf import (
+    crf_entropy,
+    crf_log_likelihood,
+    crf_log_partition,
+    crf_marginals,
+    crf_partial_log_likelihood,
+    crf_sample,
+    crf_sample_from_uniforms,
+    crf_score,
+    crf_viterbi,
+)
+
+__all__ = [
+    "crf_entropy",
+    "crf_log_likelihood",
+    "crf_log_partition",
+    "crf_marginals",
+    "crf_partial_log_likelihood",
+    "crf_sample",
+    "crf_sample_from_uniforms",
+    "crf_score",
+    "crf_viterbi",
+]
