@@ -58,8 +58,8 @@ struct CrfCall {
     }
 
     p.transitions_per_position = transitions.dim() == 4;
-    check(transitions.scalar_type() == compute && transitions.device() == emissions.device(),
-          "transitions must be ", torch::headeronly::toString(compute), " on the device of emissions");
+    check(transitions.scalar_type() == compute && transitions.device() == emissions.device(), "transitions must be ",
+          torch::headeronly::toString(compute), " on the device of emissions");
     const int64_t base = transitions.dim() - 2;
     const int64_t edges = p.steps > 0 ? p.steps - 1 : 0;
     const bool shaped = p.transitions_per_position

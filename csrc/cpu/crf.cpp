@@ -189,7 +189,8 @@ struct Side {
   }
 };
 
-// left.a <- the joint of the middle edge seen from its later end (or of the only step), normalised; returns its log-sum.
+// left.a <- the joint of the middle edge seen from its later end (or of the only step), normalised; returns its
+// log-sum.
 template <class C, int BLOCK>
 C join(Side<C, BLOCK>& left, const Side<C, BLOCK>& right, int64_t length, int64_t middle) {
   constexpr int lanes = Simd<C>::lanes;
@@ -221,9 +222,9 @@ double gold_score(const Side<C, BLOCK>& side, int64_t* bad) {
     const int64_t step = p.cu_seqlens ? side.row(k) : s.position(k);
     score += load_emission<C>(p, s.index * p.emissions_batch_stride + step * p.emissions_step_stride + tag);
     if (k > 0) {
-      const int64_t edge = p.transitions_per_position ? s.index * p.transitions_batch_stride +
-                                                            (s.position(k) - 1) * p.transitions_step_stride
-                                                      : 0;
+      const int64_t edge = p.transitions_per_position
+                               ? s.index * p.transitions_batch_stride + (s.position(k) - 1) * p.transitions_step_stride
+                               : 0;
       score += static_cast<const C*>(
           p.transitions)[edge + previous * p.transitions_from_stride + tag * p.transitions_to_stride];
     } else if (p.start) {

@@ -65,7 +65,10 @@ struct Matrix {
   static int64_t elements(int64_t n, int64_t padded) { return 3 * n * padded + padded; }
   Matrix() = default;
   Matrix(C* memory, int64_t n, int64_t padded)
-      : scores(memory), products(memory + n * padded), transposed(memory + 2 * n * padded), top(memory + 3 * n * padded) {}
+      : scores(memory),
+        products(memory + n * padded),
+        transposed(memory + 2 * n * padded),
+        top(memory + 3 * n * padded) {}
 
   void prepare(const C* transitions, int64_t from_stride, int64_t to_stride, int64_t n, int64_t padded) {
     constexpr int lanes = Simd<C>::lanes;
@@ -101,8 +104,7 @@ FASTNLP_INLINE void dot_block(const C* p, const C* matrix, int64_t n, int64_t pa
   int64_t i = 0;
   for (; i + unroll <= n; i += unroll)
     for (int u = 0; u < unroll; ++u)
-      for (int v = 0; v < BLOCK; ++v)
-        partial[u][v] += splat(p[i + u]) * load(matrix + (i + u) * padded + v * lanes);
+      for (int v = 0; v < BLOCK; ++v) partial[u][v] += splat(p[i + u]) * load(matrix + (i + u) * padded + v * lanes);
   for (; i < n; ++i)
     for (int v = 0; v < BLOCK; ++v) partial[0][v] += splat(p[i]) * load(matrix + i * padded + v * lanes);
   for (int v = 0; v < BLOCK; ++v) {

@@ -136,9 +136,9 @@ void viterbi_n_best(const CrfWork& work, const CrfSequence& sequence, void* scra
   }
   if (length == 0) return;
   const int64_t width = n * best;
-  C* a = walk.memory;       // [2, N, K]
-  C* list = a + 2 * width;  // [K]
-  C* e = list + best;       // [P]
+  C* a = walk.memory;                                           // [2, N, K]
+  C* list = a + 2 * width;                                      // [K]
+  C* e = list + best;                                           // [P]
   int64_t* from = reinterpret_cast<int64_t*>(e + walk.padded);  // [length + 1, N, K], -1: no such path
   int64_t* origins = from;
   const auto insert = [&](C score, int64_t origin, C* to, int64_t* to_origin) {

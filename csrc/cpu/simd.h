@@ -64,10 +64,10 @@ FASTNLP_INLINE bool any(Simd<double>::I mask) { return (mask[0] | mask[1] | mask
 
 FASTNLP_INLINE float max_of(Simd<float>::V v) {
   typedef float H __attribute__((vector_size(16)));
-  H lo = __builtin_shufflevector(v, v, 0, 1, 2, 3);
-  H hi = __builtin_shufflevector(v, v, 4, 5, 6, 7);
+  H lo = {v[0], v[1], v[2], v[3]};
+  H hi = {v[4], v[5], v[6], v[7]};
   lo = lo > hi ? lo : hi;
-  hi = __builtin_shufflevector(lo, lo, 2, 3, 0, 1);
+  hi = H{lo[2], lo[3], lo[0], lo[1]};
   lo = lo > hi ? lo : hi;
   return lo[0] > lo[1] ? lo[0] : lo[1];
 }
@@ -108,7 +108,7 @@ FASTNLP_INLINE Simd<float>::V logarithm(Simd<float>::V x) {
   using V = Simd<float>::V;
   using I = Simd<float>::I;
   const I bits = (I)x;
-  const I e = (bits - 0x3f3504f3) >> 23;          // x = 2^e * m with m in [sqrt(1/2), sqrt(2))
+  const I e = (bits - 0x3f3504f3) >> 23;  // x = 2^e * m with m in [sqrt(1/2), sqrt(2))
   const V m = (V)(bits - (e << 23)) - splat(1.0f);
   const V n = __builtin_convertvector(e, V);
   const V m2 = m * m;

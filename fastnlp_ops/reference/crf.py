@@ -32,7 +32,7 @@ gold path gives log-likelihood -inf and the gradient indicator - marginals. An e
 Any device; float32, float64, and half precision, which is computed in float32. All but the integer results can be
 differentiated twice.
 
-References
+References:
     Viterbi: Error bounds for convolutional codes and an asymptotically optimum decoding algorithm. 1967.
     Rabiner: A tutorial on hidden Markov models and selected applications in speech recognition. 1989.
     Lafferty, McCallum, Pereira: Conditional random fields. ICML 2001.
@@ -128,7 +128,7 @@ def compact(
 
 
 def logsumexp(x: Tensor, dim: int) -> Tensor:
-    """log sum exp, where the sum over nothing but -inf is -inf with gradient 0 (torch.logsumexp: gradient NaN)."""
+    """Log sum exp, where the sum over nothing but -inf is -inf with gradient 0 (torch.logsumexp: gradient NaN)."""
     top = x.detach().amax(dim, keepdim=True)
     top = torch.where(top.isinf(), 0, top)
     total = (x - top).exp().sum(dim)
@@ -137,7 +137,7 @@ def logsumexp(x: Tensor, dim: int) -> Tensor:
 
 
 def finite(x: Tensor) -> Tensor:
-    """x with 0 in place of -inf, and no gradient there: keeps -inf - -inf out of differences."""
+    """X with 0 in place of -inf, and no gradient there: keeps -inf - -inf out of differences."""
     return torch.where(x == -math.inf, 0, x)
 
 
@@ -177,7 +177,7 @@ def crf_log_partition(
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
 ) -> Tensor:
-    """log Z of every sequence, [B]."""
+    """Log Z of every sequence, [B]."""
     chains = compact(emissions, transitions, start_transitions, end_transitions, mask, cu_seqlens)
     return partition_of(chains, forward_messages(chains)[-1])
 
@@ -215,7 +215,7 @@ def crf_score(
 
 
 def difference(score: Tensor, log_partition: Tensor) -> Tensor:
-    """score - log Z, where log Z = -inf gives -inf and no gradient."""
+    """Score - log Z, where log Z = -inf gives -inf and no gradient."""
     return torch.where(log_partition == -math.inf, -math.inf, score - finite(log_partition))
 
 
@@ -229,7 +229,7 @@ def crf_log_likelihood(
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
 ) -> Tensor:
-    """log p(tags) of every sequence, [B]. NaN, gradients included, where a valid step has a tag outside [0, N)."""
+    """Log p(tags) of every sequence, [B]. NaN, gradients included, where a valid step has a tag outside [0, N)."""
     scores = emissions, transitions, start_transitions, end_transitions
     chains = compact(*scores, mask, cu_seqlens)
     path = chains.gather(tags.reshape(-1).long())
@@ -249,7 +249,7 @@ def crf_partial_log_likelihood(
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
 ) -> Tensor:
-    """log of the probability that every valid step takes one of its allowed tags, [B]."""
+    """Log of the probability that every valid step takes one of its allowed tags, [B]."""
     allowed = torch.where(allowed_tags != 0, emissions, -math.inf)
     scores = transitions, start_transitions, end_transitions
     return difference(

@@ -25,7 +25,7 @@ chain the tag that leads there is forbidden.
 The mask may be any pattern: k counts the valid steps, the neighbour of a step is the next valid one. Masked values are
 never read, whatever they are. Any device; half precision is computed in float32; differentiable twice.
 
-References
+References:
     McCallum, Freitag, Pereira: Maximum Entropy Markov Models for Information Extraction and Segmentation. ICML 2000.
     Su: an alternative to the CRF layer, the (bidirectional) MEMM, https://kexue.fm/archives/7213, 2020.
 """
@@ -65,7 +65,7 @@ def memm_log_likelihood(
     mask: Tensor | None = None,
     bidirectional: bool = True,
 ) -> Tensor:
-    """log p(tags) of every sequence, [B]. NaN, gradients included, where a valid step has a tag outside [0, N)."""
+    """Log p(tags) of every sequence, [B]. NaN, gradients included, where a valid step has a tag outside [0, N)."""
     N, T = emissions.shape[-1], emissions.shape[1]
     e, matrix, valid = inputs(emissions, transitions, mask)
     outside = valid & ((tags < 0) | (tags >= N))

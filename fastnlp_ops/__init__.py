@@ -1,0 +1,47 @@
+"""Compiled kernels for PyTorch NLP models. Every public function and class is importable from here."""
+
+from importlib import metadata as _metadata
+from pathlib import Path as _Path
+
+import torch as _torch
+
+_folder = _Path(__file__).parent
+_torch.ops.load_library(_folder / "libfastnlp_cpu.so")
+if _torch.version.cuda is not None and (_folder / "libfastnlp_cuda.so").exists():
+    _torch.ops.load_library(_folder / "libfastnlp_cuda.so")
+
+from fastnlp_ops import reference  # noqa: E402  (what follows needs the ops)
+from fastnlp_ops._ops import crf as _crf  # noqa: E402, F401
+from fastnlp_ops.crf import (  # noqa: E402
+    crf_entropy,
+    crf_log_likelihood,
+    crf_log_partition,
+    crf_marginals,
+    crf_partial_log_likelihood,
+    crf_sample,
+    crf_viterbi,
+)
+from fastnlp_ops.crf_module import CRF  # noqa: E402
+from fastnlp_ops.crf_state_dict import convert_crf_state_dict  # noqa: E402
+from fastnlp_ops.tag_schemes import spans_to_tags, tags_to_spans, transition_mask  # noqa: E402
+
+try:
+    __version__ = _metadata.version("fastnlp_ops")  # pyproject.toml holds the only version string
+except _metadata.PackageNotFoundError:  # a source tree on PYTHONPATH
+    __version__ = "0+source"
+__all__ = [
+    "CRF",
+    "__version__",
+    "convert_crf_state_dict",
+    "crf_entropy",
+    "crf_log_likelihood",
+    "crf_log_partition",
+    "crf_marginals",
+    "crf_partial_log_likelihood",
+    "crf_sample",
+    "crf_viterbi",
+    "reference",
+    "spans_to_tags",
+    "tags_to_spans",
+    "transition_mask",
+]

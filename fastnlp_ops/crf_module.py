@@ -1,0 +1,194 @@
+"""The CRF layer: torchcrf's module, to the letter, over the compiled ops."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, List  # noqa: UP035  (TorchScript reads List and Optional in signatures)
+
+import torch
+from torch import Tensor, nn
+
+from fastnlp_ops import _host
+from fastnlp_ops._crf_inputs import log_likelihood, viterbi
+from fastnlp_ops.crf import crf_marginals
+from fastnlp_ops.crf_state_dict import convert_crf_state_dict
+from fastnlp_ops.tag_schemes import transition_mask
+
+
+class CRF(nn.Module):
+    """Linear-chain conditional random field; a drop-in for ``torchcrf.CRF``.
+
+    Same parameters in the same order (``start_transitions``, ``end_transitions``, ``transitions``, drawn from U(-0.1, 0.1)),
+    same methods, same errors, same TorchScript support; ``forward`` returns the log-likelihood, not the loss.
+
+    Equivalent to:
+        >>> import torch, fastnlp_ops
+        >>> crf = fastnlp_ops.CRF(3, batch_first=True)
+        >>> e, tags = torch.randn(2, 5, 3), torch.randint(3, (2, 5))
+        >>> arguments = (crf.transitions, crf.start_transitions, crf.end_transitions)
+        >>> torch.allclose(crf(e, tags), fastnlp_ops.crf_log_likelihood(e, tags, *arguments).sum())
+        True
+
+    Args:
+        num_tags (int): number of tags N, at least 1.
+        batch_first (bool): emissions are [B, T, N], not [T, B, N]; tags and mask likewise.
+        labels (Sequence[str]): the label of each tag. Where given, transitions that the scheme forbids have
+            probability 0, in the loss and in decoding.
+        scheme (str): how the labels spell spans, see :func:`transition_mask`; "BIO" where labels are given.
+
+    Returns:
+        ``crf(emissions, tags, mask=None, reduction="sum")``: log-likelihood, a scalar in float32 (float64 for float64
+        emissions), or Tensor[B] with reduction "none". "mean" is over sequences, "token_mean" over valid steps.
+
+    Raises:
+        ValueError: for shapes that do not fit, in the words and the order of torchcrf; on CPU also where the first step of
+            a sequence is masked, and for a tag outside [0, N) at a valid step.
+
+    Preconditions:
+        On CUDA neither the mask nor tags are read by the checks. A first step that is masked is skipped, like any other.
+
+    Precision:
+        As :func:`crf_log_likelihood` and :func:`crf_viterbi`.
+
+    References:
+        Lafferty, McCallum, Pereira: Conditional Random Fields. ICML 2001, section 3.
+    """
+
+    _forbidden: Tensor | None
+    _forbidden_starts: Tensor | None
+    _forbidden_ends: Tensor | None
+
+    def __init__(
+        self,
+        num_tags: int,
+        batch_first: bool = False,
+        *,
+        labels: Sequence[str] | None = None,
+        scheme: str | None = None,
+    ) -> None:
+        if num_tags <= 0:
+            raise ValueError(f"invalid number of tags: {num_tags}")
+        if labels is None and scheme is not None:
+            raise ValueError("labels must be given where scheme is")
+        if labels is not None and len(labels) != num_tags:
+            raise ValueError(f"labels must name {num_tags} tags, got {len(labels)}")
+        super().__init__()
+        self.num_tags = num_tags
+        self.batch_first = batch_first
+        self.start_transitions = nn.Parameter(torch.empty(num_tags))
+        self.end_transitions = nn.Parameter(torch.empty(num_tags))
+        self.transitions = nn.Parameter(torch.empty(num_tags, num_tags))
+        # Not in the state dict: a checkpoint of torchcrf has no such entries.
+        self.register_buffer("_forbidden", None, persistent=False)
+        self.register_buffer("_forbidden_starts", None, persistent=False)
+        self.register_buffer("_forbidden_ends", None, persistent=False)
+        if labels is not None:
+            allowed, starts, ends = transition_mask(labels, scheme or "BIO")
+            self._forbidden, self._forbidden_starts, self._forbidden_ends = ~allowed, ~starts, ~ends
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draws all parameters from U(-0.1, 0.1)."""
+        nn.init.uniform_(self.start_transitions, -0.1, 0.1)
+        nn.init.uniform_(self.end_transitions, -0.1, 0.1)
+        nn.init.uniform_(self.transitions, -0.1, 0.1)
+
+    def __repr__(self) -> str:
+        return f"{self.__class__.__name__}(num_tags={self.num_tags})"
+
+    def forward(self, emissions: Tensor, tags: Tensor, mask: Tensor | None = None, reduction: str = "sum") -> Tensor:
+        """Log-likelihood of the tags under the model."""
+        self._validate(emissions, tags, mask)
+        if reduction not in ("none", "sum", "mean", "token_mean"):
+            raise ValueError(f"invalid reduction: {reduction}")
+        transitions, start, end = self._scores()
+        e, m = self._batch_first(emissions, mask)
+        if not self.batch_first:
+            tags = tags.transpose(0, 1)
+        result = log_likelihood(e, tags, transitions, start, end, m, None)
+        if reduction == "none":
+            return result
+        if reduction == "mean":
+            return result.mean()
+        total = result.sum()
+        if reduction == "sum":
+            return total
+        if mask is None:
+            return total / tags.numel()
+        return total / (mask != 0).sum()
+
+    @torch.jit.export
+    def decode(self, emissions: Tensor, mask: Tensor | None = None) -> List[List[int]]:  # noqa: UP006
+        """The best tags of every sequence, as lists of their own lengths."""
+        paths, _ = self._best(emissions, mask)
+        if torch.jit.is_scripting():
+            best: List[List[int]] = []  # noqa: UP006
+            for path in paths.cpu():
+                tags: List[int] = path[path >= 0].tolist()  # noqa: UP006
+                best.append(tags)
+            return best
+        return _host.paths_to_lists(paths.cpu().numpy())
+
+    def _best(self, emissions: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        self._validate(emissions, None, mask)
+        transitions, start, end = self._scores()
+        e, m = self._batch_first(emissions, mask)
+        return viterbi(e.detach(), transitions.detach(), start.detach(), end.detach(), m, None, 1)
+
+    @torch.jit.unused
+    def viterbi(self, emissions: Tensor, mask: Tensor | None = None, n_best: int = 1) -> tuple[Tensor, Tensor]:
+        """Paths and scores as tensors on the device of the emissions, batch first; see :func:`crf_viterbi`."""
+        self._validate(emissions, None, mask)
+        e, m = self._batch_first(emissions, mask)
+        return viterbi(e, *self._scores(), m, None, n_best)
+
+    @torch.jit.unused
+    def marginals(self, emissions: Tensor, mask: Tensor | None = None) -> Tensor:
+        """p(y_t = j) in the layout of the emissions; see :func:`crf_marginals`."""
+        self._validate(emissions, None, mask)
+        e, m = self._batch_first(emissions, mask)
+        result = crf_marginals(e, *self._scores(), mask=m)
+        return result if self.batch_first else result.transpose(0, 1)
+
+    @torch.jit.unused
+    def load_peer_state_dict(self, state_dict: Mapping[str, Any], layout: str, *, lr_multiplier: float = 1.0) -> None:
+        """Takes the parameters of another package's CRF; the layouts are listed at :func:`convert_crf_state_dict`."""
+        converted = convert_crf_state_dict(state_dict, layout, num_tags=self.num_tags, lr_multiplier=lr_multiplier)
+        self.load_state_dict(converted)
+
+    def _scores(self) -> tuple[Tensor, Tensor, Tensor]:
+        transitions, start, end = self.transitions, self.start_transitions, self.end_transitions
+        forbidden, forbidden_starts, forbidden_ends = self._forbidden, self._forbidden_starts, self._forbidden_ends
+        if forbidden is not None and forbidden_starts is not None and forbidden_ends is not None:
+            transitions = transitions.masked_fill(forbidden, float("-inf"))
+            start = start.masked_fill(forbidden_starts, float("-inf"))
+            end = end.masked_fill(forbidden_ends, float("-inf"))
+        return transitions, start, end
+
+    def _batch_first(self, emissions: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        if self.batch_first:
+            return emissions, mask
+        return emissions.transpose(0, 1), None if mask is None else mask.transpose(0, 1)
+
+    def _validate(self, emissions: Tensor, tags: Tensor | None, mask: Tensor | None) -> None:
+        if emissions.dim() != 3:
+            raise ValueError(f"emissions must have dimension of 3, got {emissions.dim()}")
+        if emissions.size(2) != self.num_tags:
+            raise ValueError(f"expected last dimension of emissions is {self.num_tags}, got {emissions.size(2)}")
+        if tags is not None and tags.shape != emissions.shape[:2]:
+            raise ValueError(
+                "the first two dimensions of emissions and tags must match, "
+                f"got ({emissions.size(0)}, {emissions.size(1)}) and {self._shape(tags)}"
+            )
+        if mask is not None:
+            if mask.shape != emissions.shape[:2]:
+                raise ValueError(
+                    "the first two dimensions of emissions and mask must match, "
+                    f"got ({emissions.size(0)}, {emissions.size(1)}) and {self._shape(mask)}"
+                )
+            # Reading a CUDA tensor would wait for the device, and tracing has no values to read.
+            if emissions.device.type == "cpu" and mask.numel() > 0 and not torch.compiler.is_compiling():
+                first = mask[:, 0] if self.batch_first else mask[0]
+                if not bool(first.all()):
+                    raise ValueError("mask of the first timestep must all be on")
+
+    def _shape(self, tensor: Tensor) -> str:
+        return "(" + ", ".join([str(size) for size in tensor.shape]) + ")"
