@@ -21,50 +21,57 @@ namespace {
 constexpr int64_t kFlushSteps = 512;
 constexpr int64_t kRenormaliseSteps = 64;
 
+// Steps whose p and w rows wait to be added to `pairs` together: a product of matrices [N, 16] x [16, N] loads and
+// stores each sum once for 16 multiply-adds.
+constexpr int64_t kPending = 16;
+
 template <class C, int BLOCK>
-struct Side {
+struct Side : Chain<C, BLOCK> {
+  using Base = Chain<C, BLOCK>;
+  using Base::a;
+  using Base::advance;
+  using Base::begin;
+  using Base::e;
+  using Base::n;
+  using Base::padded;
+  using Base::previous;
+  using Base::x;
+  static constexpr int lanes = Simd<C>::lanes;
+  static constexpr int T = tile<BLOCK>;
+
   const CrfWork& work;
   const CrfSequence& sequence;
   const bool left;
-  const int64_t n;
-  const int64_t padded;
   Matrix<C> matrix;
-  C* a;  // the current message; gamma in smooth
-  C* p;
-  C* previous;
-  C* e;
-  C* weights;
+  C* gamma;
   C* slow;
-  C* pairs;  // [N, P] sums of p_i w_j, to be multiplied by E_ij
-  double offset = 0;
+  C* pairs;    // [N, P] sums of p_i w_j, to be multiplied by E_ij
+  C* p_rows;   // [16, P]
+  C* weights;  // [16, P] w_j = gamma_j / s_j
+  int64_t pending = 0;
   int64_t steps = 0;
 
   static int64_t elements(const CrfProblem& problem) {
     const int64_t padded = padded_tags<C, BLOCK>(problem.tags);
     const int64_t own = problem.transitions_per_position ? Matrix<C>::elements(problem.tags, padded) : 0;
-    return own + 6 * padded + problem.tags * padded;
+    return own + (Base::rows + 2 + problem.tags + 2 * kPending) * padded;
   }
 
-  Side(const CrfWork& w, const CrfSequence& s, bool left, void* scratch)
-      : work(w), sequence(s), left(left), n(w.problem.tags), padded(padded_tags<C, BLOCK>(n)) {
-    C* memory = static_cast<C*>(scratch) + (left ? 0 : elements(w.problem));
-    if (w.problem.transitions_per_position) {
-      matrix = Matrix<C>(memory, n, padded);
-      memory += Matrix<C>::elements(n, padded);
-    } else {
-      matrix = Matrix<C>(static_cast<C*>(w.matrices) + (left ? 0 : Matrix<C>::elements(n, padded)), n, padded);
-    }
-    C** const rows[] = {&a, &p, &previous, &e, &weights, &slow};
-    for (C** row : rows) {
-      *row = memory;
-      memory += padded;
-    }
-    pairs = memory;
+  Side(const CrfWork& w, const CrfSequence& s, bool left, void* scratch) : work(w), sequence(s), left(left) {
+    C* memory = this->place(static_cast<C*>(scratch) + (left ? 0 : elements(w.problem)), w.problem.tags);
+    gamma = memory;
+    slow = gamma + padded;
+    p_rows = slow + padded;
+    weights = p_rows + kPending * padded;
+    pairs = weights + kPending * padded;
+    const int64_t behind = left ? 0 : Matrix<C>::elements(n, padded);
+    matrix = w.problem.transitions_per_position ? Matrix<C>(pairs + n * padded, n, padded)
+                                                : Matrix<C>(static_cast<C*>(w.matrices) + behind, n, padded);
   }
 
   int64_t row(int64_t k) const { return sequence.row0 + sequence.position(k); }
   C* message(int64_t k) const { return static_cast<C*>(work.messages) + row(k) * n; }
-
+  void read_message(int64_t k, C* to) const { load_row(message(k), n, padded, -static_cast<C>(INFINITY), to); }
   void read_emissions(int64_t k, C* to) const {
     const CrfProblem& p = work.problem;
     const int64_t step = p.cu_seqlens ? row(k) : sequence.position(k);
@@ -74,80 +81,100 @@ struct Side {
   // Makes `matrix` that of the edge whose later end is valid step k.
   void enter(int64_t k) {
     if (!work.problem.transitions_per_position) return;
-    prepare_edge(work.problem, sequence.index * work.problem.transitions_batch_stride +
-                                   (sequence.position(k) - 1) * work.problem.transitions_step_stride);
+    prepare_edge(sequence.index * work.problem.transitions_batch_stride +
+                 (sequence.position(k) - 1) * work.problem.transitions_step_stride);
   }
-  void prepare_edge(const CrfProblem& p, int64_t offset) {
-    const C* transitions = static_cast<const C*>(p.transitions) + offset;
-    const int64_t from = p.transitions_from_stride, to = p.transitions_to_stride;
+  void prepare_edge(int64_t offset) {
+    const C* transitions = static_cast<const C*>(work.problem.transitions) + offset;
+    const int64_t from = work.problem.transitions_from_stride, to = work.problem.transitions_to_stride;
     matrix.prepare(transitions, left ? from : to, left ? to : from, n, padded);
   }
 
-  void begin(int64_t k) {
+  void filter_first(int64_t k) {
     const C* boundary = static_cast<const C*>(left ? work.problem.start : work.problem.end);
     read_emissions(k, a);
     if (boundary)
       for (int64_t j = 0; j < n; ++j) a[j] += boundary[j];
+    begin();
     keep(k);
   }
-  void advance(int64_t k) {
+  void filter_step(int64_t k) {
     enter(left ? k : k + 1);
     read_emissions(k, e);
-    step<C, BLOCK>(matrix, e, a, p, previous, n, padded);
+    advance(matrix);
     keep(k);
   }
   void keep(int64_t k) {
-    offset += normalise(a, padded);
     if (work.messages) store_row(message(k), n, a);
   }
 
-  // a <- gamma at the earlier step of the chain's edge, from gamma at the later one; the edge's matrix is entered, k is
-  // the valid step that gamma moves to (the one whose message is stored).
+  // gamma moves to valid step k, whose message is stored, over the entered edge.
   void smooth_step(int64_t k, double coefficient, const CrfSums& sums) {
-    constexpr int lanes = Simd<C>::lanes;
     const Vec<C> guard = splat(static_cast<C>(kGuard));
-    load_row(message(k), n, padded, -static_cast<C>(INFINITY), previous);
+    C* const p = p_rows + pending * padded;
+    C* const w = weights + pending * padded;
+    read_message(k, previous);
     for (int64_t i = 0; i < padded; i += lanes) store(p + i, exponential(load(previous + i)));
     bool any_slow = false;
-    for (int64_t block = 0; block < padded; block += BLOCK * lanes) {
-      Vec<C> s[BLOCK];
-      dot_block<C, BLOCK>(p, matrix.products + block, n, padded, s);
+    for (int64_t block = 0; block < padded; block += T * lanes) {
+      Vec<C> s[T];
+      dot_block<C, T>(p, matrix.products + block, n, padded, s);
       Mask<C> below = {};
-      for (int v = 0; v < BLOCK; ++v) {
+      for (int v = 0; v < T; ++v) {
         const int64_t j = block + v * lanes;
         below |= s[v] < guard;
-        store(weights + j, s[v] < guard ? Vec<C>{} : load(a + j) / s[v]);
-        store(e + j, s[v]);
+        store(w + j, s[v] < guard ? Vec<C>{} : load(gamma + j) / s[v]);
+        store(x + j, s[v]);
       }
       any_slow = any_slow || any(below);
     }
-    if (work.transition_grad)
-      for (int64_t i = 0; i < n; ++i)
-        for (int64_t j = 0; j < padded; j += lanes)
-          store(pairs + i * padded + j, load(pairs + i * padded + j) + splat(p[i]) * load(weights + j));
     if (any_slow) slow_columns(k, coefficient, sums);
-    for (int64_t block = 0; block < padded; block += BLOCK * lanes) {
-      Vec<C> r[BLOCK];
-      dot_block<C, BLOCK>(weights, matrix.transposed + block, n, padded, r);
-      for (int v = 0; v < BLOCK; ++v) {
+    for (int64_t block = 0; block < padded; block += T * lanes) {
+      Vec<C> r[T];
+      dot_block<C, T>(w, matrix.transposed + block, n, padded, r);
+      for (int v = 0; v < T; ++v) {
         const int64_t i = block + v * lanes;
         const Vec<C> moved = load(p + i) * r[v];
-        store(a + i, any_slow ? moved + load(slow + i) : moved);
+        store(gamma + i, any_slow ? moved + load(slow + i) : moved);
       }
     }
     if (++steps % kRenormaliseSteps == 0) renormalise();
+    if (work.transition_grad && ++pending == kPending) add_pending();
     if (work.problem.transitions_per_position || steps % kFlushSteps == 0) flush(k, coefficient, sums);
   }
 
-  // The columns whose sum (in e) is below the guard, exactly: their part of gamma at the earlier step, into `slow`.
+  // pairs_ij += sum of p_i w_j over the pending steps.
+  void add_pending() {
+    constexpr int together = T <= 2 ? 4 : T <= 4 ? 2 : 1;
+    int64_t i = 0;
+    for (; i + together <= n; i += together) add_rows<together>(i);
+    for (; i < n; ++i) add_rows<1>(i);
+    pending = 0;
+  }
+  template <int ROWS>
+  void add_rows(int64_t i) {
+    for (int64_t block = 0; block < padded; block += T * lanes) {
+      Vec<C> sums[ROWS][T];
+      for (int r = 0; r < ROWS; ++r)
+        for (int v = 0; v < T; ++v) sums[r][v] = load(pairs + (i + r) * padded + block + v * lanes);
+      for (int64_t u = 0; u < pending; ++u)
+        for (int r = 0; r < ROWS; ++r)
+          for (int v = 0; v < T; ++v)
+            sums[r][v] += splat(p_rows[u * padded + i + r]) * load(weights + u * padded + block + v * lanes);
+      for (int r = 0; r < ROWS; ++r)
+        for (int v = 0; v < T; ++v) store(pairs + (i + r) * padded + block + v * lanes, sums[r][v]);
+    }
+  }
+
+  // The columns whose sum (in x) is below the guard, exactly: their part of gamma at the earlier step, into `slow`.
   __attribute__((noinline)) void slow_columns(int64_t k, double coefficient, const CrfSums& sums) {
     for (int64_t i = 0; i < padded; ++i) slow[i] = 0;
     for (int64_t j = 0; j < n; ++j) {
-      if (!(e[j] < static_cast<C>(kGuard)) || a[j] <= 0) continue;
+      if (!(x[j] < static_cast<C>(kGuard)) || gamma[j] <= 0) continue;
       const C normaliser = column_logsumexp(matrix, previous, j, n, padded);
       if (normaliser == -static_cast<C>(INFINITY)) continue;
       for (int64_t i = 0; i < n; ++i) {
-        const C xi = a[j] * std::exp(previous[i] + matrix.scores[i * padded + j] - normaliser);
+        const C xi = gamma[j] * std::exp(previous[i] + matrix.scores[i * padded + j] - normaliser);
         slow[i] += xi;
         if (work.transition_grad) add_transition(k, i, j, coefficient * xi, sums);
       }
@@ -169,6 +196,7 @@ struct Side {
 
   void flush(int64_t k, double coefficient, const CrfSums& sums) {
     if (!work.transition_grad) return;
+    add_pending();
     for (int64_t i = 0; i < n; ++i)
       for (int64_t j = 0; j < n; ++j) {
         const C xi = pairs[i * padded + j] * matrix.products[i * padded + j];
@@ -180,30 +208,29 @@ struct Side {
     if (work.transition_grad) std::memset(pairs, 0, static_cast<size_t>(n * padded) * sizeof(C));
   }
   void renormalise() {
-    constexpr int lanes = Simd<C>::lanes;
     Vec<C> total = {};
-    for (int64_t j = 0; j < padded; j += lanes) total += load(a + j);
+    for (int64_t j = 0; j < padded; j += lanes) total += load(gamma + j);
     const C sum = sum_of(total);
     if (!(sum > 0)) return;
-    for (int64_t j = 0; j < padded; j += lanes) store(a + j, load(a + j) / splat(sum));
+    for (int64_t j = 0; j < padded; j += lanes) store(gamma + j, load(gamma + j) / splat(sum));
   }
 };
 
-// left.a <- the joint of the middle edge seen from its later end (or of the only step), normalised; returns its
-// log-sum.
+// left.a <- the joint of the middle edge seen from its later end (or of the only step), normalised; returns the
+// logarithm of its sum.
 template <class C, int BLOCK>
-C join(Side<C, BLOCK>& left, const Side<C, BLOCK>& right, int64_t length, int64_t middle) {
-  constexpr int lanes = Simd<C>::lanes;
+double join(Side<C, BLOCK>& left, const Side<C, BLOCK>& right, int64_t length, int64_t middle) {
   if (length > 1) {
     left.enter(middle);
-    step<C, BLOCK>(left.matrix, right.a, left.a, left.p, left.previous, left.n, left.padded);
+    std::memcpy(left.e, right.a, static_cast<size_t>(left.padded) * sizeof(C));
+    left.advance(left.matrix);
   } else if (left.work.problem.end) {
     for (int64_t j = 0; j < left.n; ++j) left.a[j] += static_cast<const C*>(left.work.problem.end)[j];
+    left.offset += normalise(left.a, left.padded);
   }
-  const C top = normalise(left.a, left.padded);
   Vec<C> sum = {};
-  for (int64_t j = 0; j < left.padded; j += lanes) sum += exponential(load(left.a + j));
-  return top + std::log(sum_of(sum));
+  for (int64_t j = 0; j < left.padded; j += Simd<C>::lanes) sum += exponential(load(left.a + j));
+  return left.offset + std::log(static_cast<double>(sum_of(sum)));
 }
 
 // Score of the given tags in float64; sets *bad to the first k with a tag out of range.
@@ -251,13 +278,13 @@ int64_t filter(const CrfWork& work, const CrfSequence& sequence, void* scratch) 
     gold = gold_score(left, &bad);
     if (bad >= 0) return bad;
   }
-  left.begin(0);
-  if (length > 1) right.begin(length - 1);
+  left.filter_first(0);
+  if (length > 1) right.filter_first(length - 1);
   for (int64_t k = 1; k < middle; ++k) {
-    left.advance(k);
-    if (k < length - middle) right.advance(length - 1 - k);
+    left.filter_step(k);
+    if (k < length - middle) right.filter_step(length - 1 - k);
   }
-  const double log_partition = join(left, right, length, middle) + left.offset + right.offset;
+  const double log_partition = join(left, right, length, middle) + (length > 1 ? right.offset : 0);
   if (!work.tags)
     *value = static_cast<C>(log_partition);
   else if (log_partition == -INFINITY)
@@ -280,11 +307,11 @@ void smooth(const CrfWork& work, const CrfSequence& sequence, void* scratch, con
 
   Side<C, BLOCK> left(work, sequence, true, scratch);
   Side<C, BLOCK> right(work, sequence, false, scratch);
-  const int64_t padded = left.padded;
-  load_row(left.message(middle - 1), n, padded, -static_cast<C>(INFINITY), left.a);
-  if (length > 1) load_row(right.message(middle), n, padded, -static_cast<C>(INFINITY), right.a);
-  const C log_sum = join(left, right, length, middle);
-  if (log_sum == -static_cast<C>(INFINITY)) {
+  const auto padded = left.padded;
+  left.read_message(middle - 1, left.a);
+  left.begin();
+  if (length > 1) right.read_message(middle, right.a);
+  if (join(left, right, length, middle) == -INFINITY) {
     std::memset(static_cast<char*>(work.demissions) + sequence.row0 * n * bytes, 0, sequence.steps * n * bytes);
     return;
   }
@@ -295,9 +322,9 @@ void smooth(const CrfWork& work, const CrfSequence& sequence, void* scratch, con
     const int64_t tag = work.tags ? work.tags[left.row(k)] : -1;
     return tag < n ? tag : -1;
   };
-  const auto write = [&](Side<C, BLOCK>& side, int64_t k) {  // demissions of step k from gamma = side.a
+  const auto write = [&](Side<C, BLOCK>& side, int64_t k) {  // demissions of step k from gamma
     const int64_t tag = tag_at(k);
-    for (int64_t j = 0; j < padded; ++j) side.e[j] = static_cast<C>(sign) * side.a[j];
+    for (int64_t j = 0; j < padded; ++j) side.e[j] = static_cast<C>(sign) * side.gamma[j];
     if (tag >= 0) side.e[tag] += static_cast<C>(grad);
     store_emissions_grad(p, work.demissions, left.row(k), side.e);
     for (int boundary = 0; boundary < 2; ++boundary) {
@@ -307,13 +334,12 @@ void smooth(const CrfWork& work, const CrfSequence& sequence, void* scratch, con
     }
   };
 
-  normalise(left.a, padded);
-  for (int64_t j = 0; j < padded; j += Simd<C>::lanes) store(left.a + j, exponential(load(left.a + j)));
+  for (int64_t j = 0; j < padded; j += Simd<C>::lanes) store(left.gamma + j, exponential(load(left.a + j)));
   left.renormalise();
   left.clear_pairs();
   right.clear_pairs();
   if (length > 1) {
-    std::memcpy(right.a, left.a, static_cast<size_t>(padded) * sizeof(C));
+    std::memcpy(right.gamma, left.gamma, static_cast<size_t>(padded) * sizeof(C));
     write(right, middle);
     left.smooth_step(middle - 1, sign, sums);  // join() has entered the middle edge
   }
@@ -348,8 +374,8 @@ CrfKernels table() {
   kernels.prepare = [](const CrfWork& w) {
     if (w.problem.transitions_per_position || w.problem.batch == 0) return;
     const CrfSequence none = {};
-    Side<C, BLOCK>(w, none, true, nullptr).prepare_edge(w.problem, 0);
-    Side<C, BLOCK>(w, none, false, nullptr).prepare_edge(w.problem, 0);
+    Side<C, BLOCK>(w, none, true, nullptr).prepare_edge(0);
+    Side<C, BLOCK>(w, none, false, nullptr).prepare_edge(0);
   };
   kernels.chain_scratch = [](const CrfProblem& p) -> size_t { return 2 * Side<C, BLOCK>::elements(p) * sizeof(C); };
   kernels.filter = filter<C, BLOCK>;
@@ -366,7 +392,8 @@ CrfKernels table_for(int64_t tags) {
   if (vectors <= 3) return table<C, 3>();
   if (vectors <= 4) return table<C, 4>();
   if (vectors <= 6) return table<C, 6>();
-  return table<C, 8>();
+  if (vectors <= 8) return table<C, 8>();
+  return table<C, 0>();
 }
 
 }  // namespace

@@ -42,12 +42,22 @@ FASTNLP_INLINE void store_emissions_grad(const CrfProblem& p, void* demissions, 
   store_row(static_cast<double*>(demissions) + row * p.tags, p.tags, from);
 }
 
-// Rows are padded to whole blocks of BLOCK vectors, the widest tile of accumulators that a step keeps in registers.
+// A step works on tiles of up to 8 vectors of tags, as many sums as stay in registers. BLOCK is the number of vectors
+// of a row that is one tile, which makes every loop over it a constant; 0 stands for rows of several tiles of 8.
+template <int BLOCK>
+constexpr int tile = BLOCK > 0 ? BLOCK : 8;
+
 template <class C, int BLOCK>
 constexpr int64_t padded_tags(int64_t n) {
-  constexpr int64_t width = BLOCK * Simd<C>::lanes;
+  constexpr int64_t width = tile<BLOCK> * Simd<C>::lanes;
   return (n + width - 1) / width * width;
 }
+
+template <class C, int BLOCK>
+struct Padded {
+  int64_t value;
+  operator int64_t() const { return BLOCK > 0 ? BLOCK * Simd<C>::lanes : value; }
+};
 
 // Below this sum of products a column is recomputed in the log domain. Terms that exp() flushed to zero are below
 // 1e-38 each, so a sum above the guard lost less than N * 1e-14 of its value; plain scaled products without the guard
@@ -139,33 +149,104 @@ FASTNLP_INLINE C normalise(C* a, int64_t padded) {
   return m;
 }
 
-// a_j <- e_j + log sum_i exp(a_i + T_ij); a comes in with maximum 0 and goes out unnormalised. p is scratch [P].
+// The message of a chain as logarithms and as numbers. Only the numbers carry the recurrence,
+//     p'_j = (sum_i p_i E_ij) x_j 2^r,    x_j = exp(e_j + top_j - d),    d = max_j (e_j + top_j),
+// because x needs the emissions alone and 2^r the step before: neither exp nor log is on the path from step to step.
+// The logarithms are what smooth and the guard read; a step with a column below the guard starts the numbers anew.
 template <class C, int BLOCK>
-FASTNLP_INLINE void step(const Matrix<C>& m, const C* e, C* a, C* p, C* previous, int64_t n, int64_t padded) {
-  constexpr int lanes = Simd<C>::lanes;
-  const Vec<C> guard = splat(static_cast<C>(kGuard));
-  for (int64_t j = 0; j < padded; j += lanes) {
-    store(previous + j, load(a + j));
-    store(p + j, exponential(load(a + j)));
-  }
-  for (int64_t block = 0; block < padded; block += BLOCK * lanes) {
-    Vec<C> sums[BLOCK];
-    dot_block<C, BLOCK>(p, m.products + block, n, padded, sums);
-    Mask<C> slow = {};
-    for (int v = 0; v < BLOCK; ++v) {
-      const int64_t j = block + v * lanes;
-      slow |= sums[v] < guard;
-      store(a + j, logarithm(sums[v]) + load(m.top + j) + load(e + j));
+struct Chain {
+  int64_t n;
+  Padded<C, BLOCK> padded;
+  C* a;         // logarithms, maximum 0 (or -inf throughout)
+  C* previous;  // those of the step before
+  C* p;
+  C* next;
+  C* e;  // the emissions of the step to come; -inf in the padding
+  C* x;
+  double offset;  // the message is exp(a + offset) = p exp(shift)
+  double shift;
+  int exponent;  // r
+  C rescale;     // 2^r
+
+  static constexpr int64_t rows = 6;
+
+  C* place(C* memory, int64_t tags) {
+    n = tags;
+    padded.value = padded_tags<C, BLOCK>(tags);
+    C** const all[] = {&a, &previous, &p, &next, &e, &x};
+    for (C** row : all) {
+      *row = memory;
+      memory += padded;
     }
-    if (__builtin_expect(any(slow), 0)) {
-      for (int v = 0; v < BLOCK; ++v)
-        for (int l = 0; l < lanes; ++l) {
-          const int64_t j = block + v * lanes + l;
-          if (sums[v][l] < static_cast<C>(kGuard)) a[j] = column_logsumexp(m, previous, j, n, padded) + e[j];
-        }
-    }
+    return memory;
   }
-}
+
+  // From unnormalised logarithms in a.
+  void begin() {
+    offset = normalise(a, padded);
+    restart();
+  }
+  void restart() {
+    for (int64_t j = 0; j < padded; j += Simd<C>::lanes) store(p + j, exponential(load(a + j)));
+    shift = offset;
+    exponent = 0;
+    rescale = 1;
+  }
+
+  // a_j <- e_j + log sum_i exp(a_i + T_ij).
+  void advance(const Matrix<C>& m) {
+    constexpr int lanes = Simd<C>::lanes;
+    constexpr int T = tile<BLOCK>;
+    const Vec<C> guard = splat(static_cast<C>(kGuard));
+    swap(a, previous);
+    Vec<C> top = splat(-static_cast<C>(INFINITY));
+    for (int64_t j = 0; j < padded; j += lanes) {
+      const Vec<C> f = load(e + j) + load(m.top + j);
+      store(e + j, f);
+      top = maximum(f, top);
+    }
+    C d = max_of(top);
+    if (d == -static_cast<C>(INFINITY)) d = 0;
+    for (int64_t j = 0; j < padded; j += lanes) {
+      const Vec<C> f = load(e + j) - splat(d);
+      store(e + j, f);
+      store(x + j, exponential(f) * splat(rescale));
+    }
+    Vec<C> largest = {};
+    bool slow = false;
+    for (int64_t block = 0; block < padded; block += T * lanes) {
+      Vec<C> sums[T];
+      dot_block<C, T>(p, m.products + block, n, padded, sums);
+      Mask<C> below = {};
+      for (int v = 0; v < T; ++v) {
+        const int64_t j = block + v * lanes;
+        const Vec<C> moved = sums[v] * load(x + j);
+        store(next + j, moved);
+        largest = maximum(moved, largest);
+        below |= sums[v] < guard;
+        store(a + j, logarithm(sums[v]) + load(e + j));
+      }
+      if (__builtin_expect(any(below), 0)) {
+        slow = true;
+        for (int64_t j = block; j < block + T * lanes; ++j)
+          if (sums[(j - block) / lanes][(j - block) % lanes] < static_cast<C>(kGuard))
+            a[j] = column_logsumexp(m, previous, j, n, padded) + (e[j] - m.top[j]) + static_cast<C>(offset - shift);
+      }
+    }
+    swap(p, next);
+    offset = shift + d + normalise(a, padded);
+    if (__builtin_expect(slow, 0)) return restart();
+    shift = shift + d - exponent * 0.693147180559945309417;
+    exponent = -exponent_of(max_of(largest));
+    rescale = power_of_two<C>(exponent);
+  }
+
+  static void swap(C*& one, C*& other) {
+    C* const kept = one;
+    one = other;
+    other = kept;
+  }
+};
 
 }  // namespace
 }  // namespace fastnlp

@@ -13,7 +13,7 @@ struct Walk {
   const CrfProblem& problem;
   const CrfSequence& sequence;
   const int64_t n;
-  const int64_t padded;
+  const Padded<C, BLOCK> padded;
   Matrix<C> forward;   // T
   Matrix<C> backward;  // T transposed
   C* memory;
@@ -23,7 +23,7 @@ struct Walk {
   }
 
   Walk(const CrfWork& w, const CrfSequence& s, void* scratch)
-      : work(w), problem(w.problem), sequence(s), n(w.problem.tags), padded(padded_tags<C, BLOCK>(n)) {
+      : work(w), problem(w.problem), sequence(s), n(w.problem.tags), padded{padded_tags<C, BLOCK>(n)} {
     const int64_t size = Matrix<C>::elements(n, padded);
     C* matrices = static_cast<C*>(problem.transitions_per_position ? scratch : w.matrices);
     forward = Matrix<C>(matrices, n, padded);
@@ -50,6 +50,17 @@ struct Walk {
   C emission(int64_t k, int64_t tag) const { return load_emission<C>(problem, emission_offset(k) + tag); }
   C start(int64_t j) const { return problem.start ? static_cast<const C*>(problem.start)[j] : 0; }
   C end(int64_t j) const { return problem.end ? static_cast<const C*>(problem.end)[j] : 0; }
+  // The forward message of valid step k, from that of k - 1.
+  void filter(Chain<C, BLOCK>& chain, int64_t k) {
+    if (k > 0) {
+      enter(k, true, false);
+      read_emissions(k, chain.e);
+      return chain.advance(forward);
+    }
+    read_emissions(0, chain.a);
+    for (int64_t j = 0; j < n; ++j) chain.a[j] += start(j);
+    chain.begin();
+  }
   void no_path(int64_t* path) const {
     for (int64_t t = 0; t < sequence.steps; ++t) path[sequence.row0 + t] = -1;
   }
@@ -70,8 +81,10 @@ FASTNLP_INLINE int64_t first_max(const C* x, int64_t n) {
 template <class C, int BLOCK>
 void viterbi(const CrfWork& work, const CrfSequence& sequence, void* scratch) {
   constexpr int lanes = Simd<C>::lanes;
+  constexpr int T = tile<BLOCK>;
   Walk<C, BLOCK> walk(work, sequence, scratch);
-  const int64_t n = walk.n, padded = walk.padded, length = sequence.length;
+  const int64_t n = walk.n, length = sequence.length;
+  const auto padded = walk.padded;
   C* score = static_cast<C*>(work.scores) + sequence.index;
   *score = 0;
   if (length < sequence.steps) walk.no_path(work.paths);
@@ -85,21 +98,21 @@ void viterbi(const CrfWork& work, const CrfSequence& sequence, void* scratch) {
     C* to = a + k * padded;
     walk.enter(k, true, false);
     walk.read_emissions(k, e);
-    for (int64_t block = 0; block < padded; block += BLOCK * lanes) {
-      constexpr int unroll = BLOCK <= 2 ? 4 : BLOCK <= 4 ? 2 : 1;
-      Vec<C> best[unroll][BLOCK];
+    for (int64_t block = 0; block < padded; block += T * lanes) {
+      constexpr int unroll = T <= 2 ? 4 : T <= 4 ? 2 : 1;
+      Vec<C> best[unroll][T];
       for (int u = 0; u < unroll; ++u)
-        for (int v = 0; v < BLOCK; ++v) best[u][v] = splat(-static_cast<C>(INFINITY));
+        for (int v = 0; v < T; ++v) best[u][v] = splat(-static_cast<C>(INFINITY));
       const C* scores = walk.forward.scores + block;
       int64_t i = 0;
       for (; i + unroll <= n; i += unroll)
         for (int u = 0; u < unroll; ++u)
-          for (int v = 0; v < BLOCK; ++v)
+          for (int v = 0; v < T; ++v)
             best[u][v] = maximum(splat(from[i + u]) + load(scores + (i + u) * padded + v * lanes), best[u][v]);
       for (; i < n; ++i)
-        for (int v = 0; v < BLOCK; ++v)
+        for (int v = 0; v < T; ++v)
           best[0][v] = maximum(splat(from[i]) + load(scores + i * padded + v * lanes), best[0][v]);
-      for (int v = 0; v < BLOCK; ++v) {
+      for (int v = 0; v < T; ++v) {
         for (int u = 1; u < unroll; ++u) best[0][v] = maximum(best[u][v], best[0][v]);
         store(to + block + v * lanes, best[0][v] + load(e + block + v * lanes));
       }
@@ -197,25 +210,19 @@ template <class C, int BLOCK>
 void sample(const CrfWork& work, const CrfSequence& sequence, void* scratch) {
   constexpr int lanes = Simd<C>::lanes;
   Walk<C, BLOCK> walk(work, sequence, scratch);
-  const int64_t n = walk.n, padded = walk.padded, length = sequence.length;
+  const int64_t n = walk.n, length = sequence.length;
+  const auto padded = walk.padded;
   for (int64_t s = 0; s < work.samples; ++s)
     if (length < sequence.steps) walk.no_path(work.paths + s * work.rows);
   if (length == 0) return;
-  C* a = walk.memory;  // [length, P]
-  C* e = a + length * padded;
-  C* p = e + padded;
-  C* previous = p + padded;
-  walk.read_emissions(0, a);
-  for (int64_t j = 0; j < n; ++j) a[j] += walk.start(j);
-  normalise(a, padded);
-  for (int64_t k = 1; k < length; ++k) {
-    walk.enter(k, true, false);
-    walk.read_emissions(k, e);
-    C* to = a + k * padded;
-    std::memcpy(to, to - padded, static_cast<size_t>(padded) * sizeof(C));
-    step<C, BLOCK>(walk.forward, e, to, p, previous, n, padded);
-    normalise(to, padded);
+  C* messages = walk.memory;  // [length, P]
+  Chain<C, BLOCK> chain;
+  C* p = chain.place(messages + length * padded, n);
+  for (int64_t k = 0; k < length; ++k) {
+    walk.filter(chain, k);
+    std::memcpy(messages + k * padded, chain.a, static_cast<size_t>(padded) * sizeof(C));
   }
+  C* const e = chain.e;
   const auto draw = [&](float uniform) {  // from exp(e - max e)
     normalise(e, padded);
     C total = 0;
@@ -232,7 +239,7 @@ void sample(const CrfWork& work, const CrfSequence& sequence, void* scratch) {
     int64_t* path = work.paths + s * work.rows;
     int64_t tag = 0;
     for (int64_t k = length - 1; k >= 0; --k) {
-      const C* from = a + k * padded;
+      const C* from = messages + k * padded;
       if (k == length - 1) {
         for (int64_t i = 0; i < padded; ++i) e[i] = i < n ? from[i] + walk.end(i) : from[i];
       } else {
@@ -250,15 +257,13 @@ void sample(const CrfWork& work, const CrfSequence& sequence, void* scratch) {
 template <class C, int BLOCK>
 void entropy(const CrfWork& work, const CrfSequence& sequence, void* scratch) {
   Walk<C, BLOCK> walk(work, sequence, scratch);
-  const int64_t n = walk.n, padded = walk.padded, length = sequence.length;
+  const int64_t n = walk.n, length = sequence.length;
+  const auto padded = walk.padded;
   C* value = static_cast<C*>(work.value) + sequence.index;
   *value = 0;
   if (length == 0) return;
-  C* a = walk.memory;
-  C* e = a + padded;
-  C* p = e + padded;
-  C* previous = p + padded;
-  C* h = previous + padded;
+  Chain<C, BLOCK> chain;
+  C* h = chain.place(walk.memory, n);
   C* h_before = h + padded;
   const auto conditional = [&](const auto& log_weight) {  // sum_i P_i (h_before_i - log P_i), P = softmax(log_weight)
     C top = -INFINITY;
@@ -272,23 +277,17 @@ void entropy(const CrfWork& work, const CrfSequence& sequence, void* scratch) {
     }
     return sum / total + std::log(total);
   };
-  walk.read_emissions(0, a);
-  for (int64_t j = 0; j < n; ++j) {
-    a[j] += walk.start(j);
-    h[j] = 0;
-  }
-  normalise(a, padded);
+  walk.filter(chain, 0);
+  for (int64_t j = 0; j < n; ++j) h[j] = 0;
   for (int64_t k = 1; k < length; ++k) {
-    walk.enter(k, true, false);
-    walk.read_emissions(k, e);
     for (int64_t j = 0; j < n; ++j) h_before[j] = h[j];
+    walk.enter(k, true, false);
     for (int64_t j = 0; j < n; ++j)
-      h[j] = conditional([&](int64_t i) { return a[i] + walk.forward.scores[i * padded + j]; });
-    step<C, BLOCK>(walk.forward, e, a, p, previous, n, padded);
-    normalise(a, padded);
+      h[j] = conditional([&](int64_t i) { return chain.a[i] + walk.forward.scores[i * padded + j]; });
+    walk.filter(chain, k);
   }
   for (int64_t j = 0; j < n; ++j) h_before[j] = h[j];
-  *value = conditional([&](int64_t i) { return a[i] + walk.end(i); });
+  *value = conditional([&](int64_t i) { return chain.a[i] + walk.end(i); });
 }
 
 template <class C, int BLOCK>
@@ -297,7 +296,7 @@ CrfKernels decode_kernels() {
   kernels.path_scratch = [](const CrfWork& w, int64_t longest) -> size_t {
     const int64_t padded = padded_tags<C, BLOCK>(w.problem.tags);
     const int64_t walk = Walk<C, BLOCK>::elements(w.problem);
-    const int64_t rows = (longest + 8) * padded;
+    const int64_t rows = (longest + Chain<C, BLOCK>::rows + 2) * padded;
     const int64_t lists = w.n_best > 1 ? (2 * w.problem.tags + 1) * w.n_best + padded : 0;
     const int64_t origins = w.n_best > 1 ? (longest + 1) * w.problem.tags * w.n_best : 0;
     return static_cast<size_t>(walk + rows + lists + 8) * sizeof(C) + static_cast<size_t>(origins) * sizeof(int64_t);

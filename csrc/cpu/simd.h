@@ -147,6 +147,17 @@ FASTNLP_INLINE uint32_t to_bits(float x) {
   return bits;
 }
 
+// floor(log2 x) for normal x > 0, kept within +-126; and 2 to such a power.
+FASTNLP_INLINE int exponent_of(float x) {
+  const int e = static_cast<int>(to_bits(x) >> 23) - 127;
+  return e > 126 ? 126 : e < -126 ? -126 : e;
+}
+FASTNLP_INLINE int exponent_of(double x) { return x > 1e38 ? 126 : x < 1e-37 ? -126 : std::ilogb(x); }
+template <class C>
+FASTNLP_INLINE C power_of_two(int exponent) {
+  return from_bits(static_cast<uint32_t>(exponent + 127) << 23);
+}
+
 struct Half {
   uint16_t bits;
   operator float() const {
@@ -205,13 +216,14 @@ FASTNLP_INLINE void load_row(const S* row, int64_t n, int64_t padded, C fill, C*
   for (int64_t j = n; j < padded; ++j) to[j] = fill;
 }
 
+// The last vector overlaps the one before it: AMD's masked stores take some 40 micro-operations each.
 FASTNLP_INLINE void store_row(float* row, int64_t n, const float* from) {
-#ifdef __AVX2__
-  for (int64_t j = 0; j < n; j += 8)
-    __builtin_ia32_maskstoreps256((Simd<float>::V*)(row + j), lanes_below(n - j), load(from + j));
-#else
-  std::memcpy(row, from, static_cast<size_t>(n) * sizeof(float));
-#endif
+  if (n < 8) {
+    for (int64_t j = 0; j < n; ++j) row[j] = from[j];
+    return;
+  }
+  for (int64_t j = 0; j + 8 <= n; j += 8) store(row + j, load(from + j));
+  if (n % 8) store(row + n - 8, load(from + n - 8));
 }
 FASTNLP_INLINE void store_row(double* row, int64_t n, const double* from) {
   std::memcpy(row, from, static_cast<size_t>(n) * sizeof(double));
