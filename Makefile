@@ -22,7 +22,7 @@ test: $(BUILT)  ## run every test (QUICK=1: without the long ones; ARGS="-k vite
 bench: $(BUILT)  ## time every op against what people use today (ARGS=--help: choices)
 	$(BIN)/python -m benchmarks $(ARGS)
 
-lint: $(BUILT)  ## ruff, mypy, clang-format: what .pre-commit-config.yaml runs
+lint: $(ENVIRONMENT)  ## ruff, mypy, clang-format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
