@@ -47,7 +47,7 @@ def neighbours(mask: Tensor) -> tuple[Tensor, Tensor]:
     before = torch.where(mask, steps, -1).cummax(1).values
     after = torch.where(mask, steps, T).flip(1).cummin(1).values.flip(1)
     edge = steps.new_full((len(mask), 1), -1)
-    return torch.cat([edge, before[:, :-1]], 1), torch.cat([after[:, 1:], edge + T + 1], 1)
+    return torch.cat([edge, before], 1)[:, :T], torch.cat([after, edge + T + 1], 1)[:, 1:]
 
 
 def inputs(emissions: Tensor, transitions: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
