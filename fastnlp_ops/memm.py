@@ -147,8 +147,8 @@ class MEMM(nn.Module):
         self.batch_first = batch_first
         full = hidden_dim is None
         self.transitions = nn.Parameter(torch.empty(num_tags, num_tags)) if full else None
-        self.left_transitions = None if full else nn.Parameter(torch.empty(num_tags, hidden_dim))
-        self.right_transitions = None if full else nn.Parameter(torch.empty(num_tags, hidden_dim))
+        self.left_transitions = None if full else nn.Parameter(torch.empty(num_tags, hidden_dim or 0))
+        self.right_transitions = None if full else nn.Parameter(torch.empty(num_tags, hidden_dim or 0))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
