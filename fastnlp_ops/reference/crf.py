@@ -29,7 +29,7 @@ position t, and per-position transitions [B, T-1, N, N] are read at t - 1. Maske
 in value and exactly 0 in gradient, to any order: log Z = -inf gives log-likelihood -inf and no gradient, a forbidden
 gold path gives log-likelihood -inf and the gradient indicator - marginals. An empty sequence has log Z = 0.
 
-Any device; float32, float64, and half precision, which is computed in float32. All but the integer results can be
+Any device. Computes in float64 where emissions or transitions are, else in float32. All but the integer results can be
 differentiated twice.
 
 References:
@@ -88,7 +88,8 @@ def compact(
     cu_seqlens: Tensor | None,
 ) -> Chains:
     """Every accepted layout -> left-aligned chains in the compute type. Differentiable."""
-    dtype = torch.float64 if emissions.dtype == torch.float64 else torch.float32
+    double = torch.float64 in (emissions.dtype, transitions.dtype)
+    dtype = torch.float64 if double else torch.float32
     N, device = emissions.shape[-1], emissions.device
     count = emissions.shape[:-1].numel()
     if cu_seqlens is not None:
@@ -231,7 +232,7 @@ def crf_log_likelihood(
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
 ) -> Tensor:
-    """Return log p(tags) of every sequence, [B]. NaN, gradients included, where a valid step has a tag outside [0, N)."""
+    """Return log p(tags) of every sequence, [B]; NaN, gradients included, where a valid step has a tag out of range."""
     chains = compact(emissions, transitions, start_transitions, end_transitions, mask, cu_seqlens)
     path = chains.gather(tags.reshape(-1).long())  # [B, L]; steps that do not exist have tag 0
     outside = ((path < 0) | (path >= emissions.shape[-1])).any(1)
