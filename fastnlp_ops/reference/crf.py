@@ -73,7 +73,7 @@ class Chains(NamedTuple):
 
     def scatter(self, values: Tensor, like: Tensor, fill: float) -> Tensor:
         """[B, L, ...] values of the steps -> [*like.shape[:-1], ...], `fill` at masked positions."""
-        count = like.shape[:-1].numel()
+        count = math.prod(like.shape[:-1])
         # Row `count` takes the values of the steps that do not exist and is cut off.
         flat = values.new_full((count + 1, *values.shape[2:]), fill).index_put((self.rows,), values)
         return flat[:count].reshape(*like.shape[:-1], *values.shape[2:])
@@ -91,7 +91,7 @@ def compact(
     double = torch.float64 in (emissions.dtype, transitions.dtype)
     dtype = torch.float64 if double else torch.float32
     N, device = emissions.shape[-1], emissions.device
-    count = emissions.shape[:-1].numel()
+    count = math.prod(emissions.shape[:-1])
     if cu_seqlens is not None:
         if mask is not None:
             raise ValueError("mask must be None where cu_seqlens is given")
@@ -372,7 +372,7 @@ def crf_sample_from_uniforms(
     B, L, N = chains.emissions.shape
     alpha = forward_messages(chains)
     samples = []
-    for numbers in uniforms.reshape(len(uniforms), emissions.shape[:-1].numel()).to(alpha[0].dtype):
+    for numbers in uniforms.reshape(len(uniforms), math.prod(emissions.shape[:-1])).to(alpha[0].dtype):
         number = chains.gather(numbers)  # [B, L]
         tag = torch.zeros(B, dtype=torch.int64, device=emissions.device)
         path = []
