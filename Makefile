@@ -8,7 +8,7 @@ CXX_SOURCES := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.
 ENVIRONMENT := $(if $(filter .venv,$(VENV)),.venv/.installed)
 BUILT := build/$(subst /,_,$(VENV)).built
 
-.PHONY: help demo test bench lint wheel clean
+.PHONY: help demo test bench lint wheel pythons clean
 
 help:  ## list the commands
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile | expand -t 16
@@ -22,7 +22,7 @@ test: $(BUILT)  ## run every test (QUICK=1: without the long ones; ARGS="-k vite
 bench: $(BUILT)  ## time every op against what people use today (ARGS=--help: choices)
 	$(BIN)/python -m benchmarks $(ARGS)
 
-lint: $(BUILT)  ## ruff, mypy, clang-format: what .pre-commit-config.yaml runs
+lint: $(ENVIRONMENT)  ## ruff, mypy, clang-format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -37,6 +37,9 @@ for version in 3.10 3.11 3.12 3.13; do \
   done; \
 done | paste -sd ';'
 endef
+
+pythons:
+	@$(FIND_PYTHONS)
 
 wheel: $(ENVIRONMENT)  ## one wheel for Python 3.10 to 3.13, CPU and CUDA (where nvcc is found), into dist/
 	rm -rf build/lib* build/wheel dist

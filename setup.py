@@ -23,7 +23,7 @@ def torch_include() -> Path:
     for folder in folders:
         if (folder / "include/torch/csrc/stable/library.h").exists():
             return folder / "include"
-    sys.exit(f"fastnlp_ops compiles against the headers of torch >= 2.10, and {sys.prefix} has none: install torch first.")
+    sys.exit(f"fastnlp_ops compiles against the headers of torch >= 2.10, not in {folders[-1]}: install torch first.")
 
 
 class BuildLibraries(build_ext):
@@ -40,7 +40,8 @@ class BuildLibraries(build_ext):
             "PYBIND11_INCLUDE": pybind11.get_include(),
             "FASTNLP_PYTHONS": sys.executable,
         }
-        (folder / "CMakeCache.txt").unlink(missing_ok=True)  # an earlier build's compilers and options are not this one's
+        # The compilers and options of an earlier build are not this one's.
+        (folder / "CMakeCache.txt").unlink(missing_ok=True)
         configure = ["cmake", "-G", "Ninja", "-S", ROOT, "-B", folder, *(f"-D{k}={v}" for k, v in definitions.items())]
         for command in (
             configure + shlex.split(os.environ.get("CMAKE_ARGS", "")),

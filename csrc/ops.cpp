@@ -31,4 +31,12 @@ STABLE_TORCH_LIBRARY(fastnlp_ops, m) {
   m.def(
       "crf_entropy(Tensor emissions, Tensor transitions, Tensor? start_transitions, Tensor? end_transitions, "
       "Tensor? mask, Tensor? cu_seqlens) -> Tensor");
+
+  // Maximum-entropy Markov model.
+  m.def(
+      "memm_log_likelihood(Tensor emissions, Tensor tags, Tensor transitions, Tensor? mask, bool bidirectional) -> "
+      "Tensor");
+  m.def(
+      "memm_log_likelihood_backward(Tensor grad, Tensor emissions, Tensor tags, Tensor transitions, Tensor? mask, "
+      "bool bidirectional, bool transition_grad) -> (Tensor demissions, Tensor dtransitions)");
 }

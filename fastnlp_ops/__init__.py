@@ -12,6 +12,7 @@ if _torch.version.cuda is not None and (_folder / "libfastnlp_cuda.so").exists()
 
 from fastnlp_ops import reference  # noqa: E402  (what follows needs the ops)
 from fastnlp_ops._ops import crf as _crf  # noqa: E402, F401
+from fastnlp_ops._ops import memm as _memm  # noqa: E402, F401
 from fastnlp_ops.crf import (  # noqa: E402
     crf_entropy,
     crf_log_likelihood,
@@ -23,6 +24,7 @@ from fastnlp_ops.crf import (  # noqa: E402
 )
 from fastnlp_ops.crf_module import CRF  # noqa: E402
 from fastnlp_ops.crf_state_dict import convert_crf_state_dict  # noqa: E402
+from fastnlp_ops.memm import MEMM, memm_log_likelihood, memm_viterbi  # noqa: E402
 from fastnlp_ops.tag_schemes import spans_to_tags, tags_to_spans, transition_mask  # noqa: E402
 
 try:
@@ -31,6 +33,7 @@ except _metadata.PackageNotFoundError:  # a source tree on PYTHONPATH
     __version__ = "0+source"
 __all__ = [
     "CRF",
+    "MEMM",
     "__version__",
     "convert_crf_state_dict",
     "crf_entropy",
@@ -40,6 +43,8 @@ __all__ = [
     "crf_partial_log_likelihood",
     "crf_sample",
     "crf_viterbi",
+    "memm_log_likelihood",
+    "memm_viterbi",
     "reference",
     "spans_to_tags",
     "tags_to_spans",

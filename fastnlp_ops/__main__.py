@@ -45,7 +45,7 @@ def versions() -> list[tuple[str, str]]:
         rows.append(("CUDA kernels", "loaded" if torch.version.cuda else "built, not loaded: this torch has no CUDA"))
     for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
         properties = torch.cuda.get_device_properties(index)
-        driver = torch._C._cuda_getDriverVersion()
+        driver = torch._C._cuda_getDriverVersion()  # type: ignore[attr-defined]  # absent without CUDA
         name = f"{properties.name}, sm_{properties.major}{properties.minor}"
         rows.append((f"GPU {index}", f"{name}, driver for CUDA {driver // 1000}.{driver % 1000 // 10}"))
     rows.append(("CPU", f"{platform.machine()}, {_host.cpu_features()} kernels, {torch.get_num_threads()} threads"))

@@ -26,7 +26,7 @@ def segmentations(length, types):
     """Every way to lay spans of the types over `length` steps: tuples of (start, end, type)."""
     if length <= 0:
         return [()] if length == 0 else []
-    ways = [spans for spans in segmentations(length - 1, types)]
+    ways = list(segmentations(length - 1, types))
     for width in range(1, length + 1):
         start = length - width
         ways += [(*rest, (start, length - 1, name)) for rest in segmentations(start, types) for name in types]
@@ -102,7 +102,8 @@ def test_spans_round_trip(scheme):
                     spans_to_tags(ids, length, labels, scheme)
                 continue
             tags = spans_to_tags(ids[::-1], length, labels, scheme)
-            assert tags.dtype == torch.int64 and [labels[tag] for tag in tags] == written
+            assert tags.dtype == torch.int64
+            assert [labels[tag] for tag in tags] == written
             assert tags_to_spans(tags, labels, scheme).tolist() == [list(span) for span in ids]
 
 
@@ -121,7 +122,8 @@ def test_skipped_steps():
     mask = torch.tensor([[1, 1, 0, 1, 1], [0, 0, 0, 0, 0]])
     for mask_dtype in (torch.bool, torch.uint8, torch.int64, torch.float32):
         first, second = tags_to_spans(tags, labels, mask=mask.to(mask_dtype))
-        assert first.tolist() == [[1, 3, 0]] and second.tolist() == []
+        assert first.tolist() == [[1, 3, 0]]
+        assert second.tolist() == []
     # Decoders pad with -1, data with -100: both are skipped where there is no mask.
     assert tags_to_spans([1, -100, 2, -1, 0, -1], labels).tolist() == [[0, 2, 0]]
     assert tags_to_spans(torch.full((3,), 99), labels, mask=torch.zeros(3)).shape == (0, 3)
@@ -225,15 +227,18 @@ def test_paths_to_lists():
     assert lists == [[int(tag) for tag in row if tag >= 0] for row in paths]
     assert all(type(tag) is int for row in lists for tag in row)
     assert _host.paths_to_lists(paths.T.copy().T) == lists
-    assert _host.paths_to_lists(paths[:0]) == [] and _host.paths_to_lists(paths[:, :0]) == [[]] * 7
+    assert _host.paths_to_lists(paths[:0]) == []
+    assert _host.paths_to_lists(paths[:, :0]) == [[]] * 7
     assert _host.paths_to_lists(np.array([[2**40, -1]])) == [[2**40]]
 
 
 def test_packing_plan():
     order, cu_seqlens = _host.packing_plan(np.array([3, 0, 5, 3]))
-    assert order.tolist() == [2, 0, 3, 1] and cu_seqlens.tolist() == [0, 5, 8, 11, 11]
+    assert order.tolist() == [2, 0, 3, 1]
+    assert cu_seqlens.tolist() == [0, 5, 8, 11, 11]
     order, cu_seqlens = _host.packing_plan(np.array([], np.int64))
-    assert order.tolist() == [] and cu_seqlens.tolist() == [0]
+    assert order.tolist() == []
+    assert cu_seqlens.tolist() == [0]
     with pytest.raises(ValueError, match="lengths must be at least 0, got -1"):
         _host.packing_plan(np.array([1, -1]))
 

@@ -11,6 +11,7 @@ from fastnlp_ops.reference.crf import (
     crf_score,
     crf_viterbi,
 )
+from fastnlp_ops.reference.memm import memm_log_likelihood, memm_viterbi
 
 __all__ = [
     "crf_entropy",
@@ -22,4 +23,6 @@ __all__ = [
     "crf_sample_from_uniforms",
     "crf_score",
     "crf_viterbi",
+    "memm_log_likelihood",
+    "memm_viterbi",
 ]

@@ -4,8 +4,8 @@ A sequence of L emissions e_k [N] is scored, for tags y = (y_0, ..., y_{L-1}), b
 
     score(y) = start[y_0] + sum_k e_k[y_k] + sum_{k>0} T_k[y_{k-1}, y_k] + end[y_{L-1}]          T is [from, to]
 
-and p(y) = exp(score(y) - log Z), log Z = log sum_y exp score(y) (Lafferty, McCallum, Pereira 2001). Everything here is one
-of two recursions (Rabiner 1989, section III), taken in the (log, +) or the (max, +) semiring:
+and p(y) = exp(score(y) - log Z), log Z = log sum_y exp score(y) (Lafferty, McCallum, Pereira 2001). Everything here is
+one of two recursions (Rabiner 1989, section III), taken in the (log, +) or the (max, +) semiring:
 
     forward    alpha_0(j) = start(j) + e_0(j)        alpha_k(j) = e_k(j) + log sum_i exp(alpha_{k-1}(i) + T_k(i, j))
     backward   beta_{L-1}(i) = end(i)                beta_{k-1}(i) = log sum_j exp(T_k(i, j) + e_k(j) + beta_k(j))
@@ -23,13 +23,13 @@ of two recursions (Rabiner 1989, section III), taken in the (log, +) or the (max
                log Z of the allowed paths - log Z
 
 The mask may be any pattern: the recursions run over the *compacted* sequence of the valid steps. Step k enters original
-position t, and per-position transitions [B, T-1, N, N] are read at t - 1. Masked values are never read, whatever they are.
+position t, and per-position transitions [B, T-1, N, N] are read at t - 1. Masked values are never read.
 
 -inf is a legal score and forbids what carries it. Every logarithm here is guarded so that an unreachable state is -inf
 in value and exactly 0 in gradient, to any order: log Z = -inf gives log-likelihood -inf and no gradient, a forbidden
 gold path gives log-likelihood -inf and the gradient indicator - marginals. An empty sequence has log Z = 0.
 
-Any device; float32, float64, and half precision, which is computed in float32. All but the integer results can be
+Any device. Computes in float64 where emissions or transitions are, else in float32. All but the integer results can be
 differentiated twice.
 
 References:
@@ -73,7 +73,7 @@ class Chains(NamedTuple):
 
     def scatter(self, values: Tensor, like: Tensor, fill: float) -> Tensor:
         """[B, L, ...] values of the steps -> [*like.shape[:-1], ...], `fill` at masked positions."""
-        count = like.shape[:-1].numel()
+        count = math.prod(like.shape[:-1])
         # Row `count` takes the values of the steps that do not exist and is cut off.
         flat = values.new_full((count + 1, *values.shape[2:]), fill).index_put((self.rows,), values)
         return flat[:count].reshape(*like.shape[:-1], *values.shape[2:])
@@ -88,9 +88,10 @@ def compact(
     cu_seqlens: Tensor | None,
 ) -> Chains:
     """Every accepted layout -> left-aligned chains in the compute type. Differentiable."""
-    dtype = torch.float64 if emissions.dtype == torch.float64 else torch.float32
+    double = torch.float64 in (emissions.dtype, transitions.dtype)
+    dtype = torch.float64 if double else torch.float32
     N, device = emissions.shape[-1], emissions.device
-    count = emissions.shape[:-1].numel()
+    count = math.prod(emissions.shape[:-1])
     if cu_seqlens is not None:
         if mask is not None:
             raise ValueError("mask must be None where cu_seqlens is given")
@@ -128,7 +129,7 @@ def compact(
 
 
 def logsumexp(x: Tensor, dim: int) -> Tensor:
-    """Log sum exp, where the sum over nothing but -inf is -inf with gradient 0 (torch.logsumexp: gradient NaN)."""
+    """Log-sum-exp. All -inf gives -inf and the gradient 0, where that of torch.logsumexp is NaN."""
     top = x.detach().amax(dim, keepdim=True)
     top = torch.where(top.isinf(), 0, top)
     total = (x - top).exp().sum(dim)
@@ -137,7 +138,7 @@ def logsumexp(x: Tensor, dim: int) -> Tensor:
 
 
 def finite(x: Tensor) -> Tensor:
-    """X with 0 in place of -inf, and no gradient there: keeps -inf - -inf out of differences."""
+    """Zeros in place of -inf, without gradient: keeps -inf - -inf out of differences."""
     return torch.where(x == -math.inf, 0, x)
 
 
@@ -177,9 +178,24 @@ def crf_log_partition(
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
 ) -> Tensor:
-    """Log Z of every sequence, [B]."""
+    """Return log Z of every sequence, [B]."""
     chains = compact(emissions, transitions, start_transitions, end_transitions, mask, cu_seqlens)
     return partition_of(chains, forward_messages(chains)[-1])
+
+
+def path_score(chains: Chains, path: Tensor) -> Tensor:
+    """Return score(path) [B] of tags [B, L]. A path that begins with -1 does not exist: 0."""
+    B, L, N = chains.emissions.shape
+    lengths = torch.where(path[:, 0] < 0, 0, chains.lengths)
+    exists = torch.arange(L, device=path.device) < lengths[:, None]  # [B, L]
+    path = path.clamp(0, N - 1)
+    picked = chains.emissions.gather(2, path[:, :, None])[:, :, 0]  # [B, L]
+    sequence = torch.arange(B, device=path.device)[:, None] % max(chains.transitions.shape[0], 1)
+    step = torch.arange(L - 1, device=path.device) % max(chains.transitions.shape[1], 1)
+    moves = chains.transitions[sequence, step, path[:, :-1], path[:, 1:]]  # [B, L-1]
+    last = path.gather(1, (lengths - 1).clamp(min=0)[:, None])[:, 0]
+    bounds = torch.where(lengths > 0, chains.start[path[:, 0]] + chains.end[last], 0)
+    return bounds + torch.where(exists, picked, 0).sum(1) + torch.where(exists[:, 1:], moves, 0).sum(1)
 
 
 def crf_score(
@@ -192,30 +208,17 @@ def crf_score(
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
 ) -> Tensor:
-    """score(y) of one path per sequence, [B].
+    """Return score(y) of one path per sequence, [B].
 
-    Masked steps are skipped, and all steps of a path that does not exist (-1 throughout, as n-best decoding returns it).
+    Masked steps are skipped, and so is a path that does not exist (-1 throughout, as n-best decoding returns it).
     A tag of a valid step must lie in [0, N); it is not checked here.
     """
     chains = compact(emissions, transitions, start_transitions, end_transitions, mask, cu_seqlens)
-    path = chains.gather(tags.reshape(-1).long())  # [B, L]
-    lengths = torch.where(path[:, 0] < 0, 0, chains.lengths)
-    path = path.clamp(0, emissions.shape[-1] - 1)
-    exists = torch.arange(path.shape[1], device=path.device) < lengths[:, None]  # [B, L]
-    picked = chains.emissions.gather(2, path[:, :, None])[:, :, 0]  # [B, L]
-    B, L, N = chains.emissions.shape
-    if transitions.dim() == 2:
-        moves = chains.transitions[0, 0][path[:, :-1], path[:, 1:]]  # [B, L-1]
-    else:
-        moves = chains.transitions.expand(B, -1, N, N)[:, : L - 1]
-        moves = moves.flatten(2).gather(2, (path[:, :-1] * N + path[:, 1:])[:, :, None])[:, :, 0]
-    last = path.gather(1, (lengths - 1).clamp(min=0)[:, None])[:, 0]
-    bounds = torch.where(lengths > 0, chains.start[path[:, 0]] + chains.end[last], 0)
-    return bounds + torch.where(exists, picked, 0).sum(1) + torch.where(exists[:, 1:], moves, 0).sum(1)
+    return path_score(chains, chains.gather(tags.reshape(-1).long()))
 
 
 def difference(score: Tensor, log_partition: Tensor) -> Tensor:
-    """Score - log Z, where log Z = -inf gives -inf and no gradient."""
+    """Return score - log Z, where log Z = -inf gives -inf and no gradient."""
     return torch.where(log_partition == -math.inf, -math.inf, score - finite(log_partition))
 
 
@@ -229,13 +232,12 @@ def crf_log_likelihood(
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
 ) -> Tensor:
-    """Log p(tags) of every sequence, [B]. NaN, gradients included, where a valid step has a tag outside [0, N)."""
-    scores = emissions, transitions, start_transitions, end_transitions
-    chains = compact(*scores, mask, cu_seqlens)
-    path = chains.gather(tags.reshape(-1).long())
-    outside = ((path < 0) | (path >= emissions.shape[-1])).any(1)  # [B]; steps that do not exist read tag 0
-    gold = crf_score(emissions, tags, transitions, start_transitions, end_transitions, mask=mask, cu_seqlens=cu_seqlens)
-    result = difference(gold, crf_log_partition(*scores, mask=mask, cu_seqlens=cu_seqlens))
+    """Return log p(tags) of every sequence, [B]; NaN, gradients included, where a valid step has a tag out of range."""
+    chains = compact(emissions, transitions, start_transitions, end_transitions, mask, cu_seqlens)
+    path = chains.gather(tags.reshape(-1).long())  # [B, L]; steps that do not exist have tag 0
+    outside = ((path < 0) | (path >= emissions.shape[-1])).any(1)
+    log_partition = partition_of(chains, forward_messages(chains)[-1])
+    result = difference(path_score(chains, path), log_partition)
     return result * torch.where(outside, math.nan, 1.0).to(result.dtype)
 
 
@@ -249,7 +251,9 @@ def crf_partial_log_likelihood(
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
 ) -> Tensor:
-    """Log of the probability that every valid step takes one of its allowed tags, [B]."""
+    """Return the log of the probability that every valid step takes one of its allowed tags, [B]."""
+    if emissions.dtype != torch.float64:
+        emissions = emissions.float()  # once, so that the two gradients meet before they are rounded
     allowed = torch.where(allowed_tags != 0, emissions, -math.inf)
     scores = transitions, start_transitions, end_transitions
     return difference(
@@ -316,8 +320,8 @@ def crf_viterbi(
 ) -> tuple[Tensor, Tensor]:
     """The n best paths and their scores, best first.
 
-    Paths are [B, T] ([total]) and scores [B] for n_best = 1, else [B, n, T] ([n, total]) and [B, n]. Masked steps are -1.
-    A path after the first that does not exist or is forbidden has tags -1 and score -inf.
+    Paths are [B, T] ([total]) and scores [B] for n_best = 1, else [B, n, T] ([n, total]) and [B, n]. Masked steps are
+    -1. A path after the first that does not exist or is forbidden has tags -1 and score -inf.
     """
     chains = compact(emissions, transitions, start_transitions, end_transitions, mask, cu_seqlens)
     B, L, N = chains.emissions.shape
@@ -363,12 +367,12 @@ def crf_sample_from_uniforms(
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
 ) -> Tensor:
-    """Paths that the numbers `uniforms` [S, B, T] ([S, total]) in [0, 1) pick, int64 of the same shape; -1 at masked steps."""
+    """Paths that the numbers `uniforms` [S, B, T] ([S, total]) in [0, 1) pick, int64; -1 at masked steps."""
     chains = compact(emissions, transitions, start_transitions, end_transitions, mask, cu_seqlens)
     B, L, N = chains.emissions.shape
     alpha = forward_messages(chains)
     samples = []
-    for numbers in uniforms.reshape(len(uniforms), emissions.shape[:-1].numel()).to(alpha[0].dtype):
+    for numbers in uniforms.reshape(len(uniforms), math.prod(emissions.shape[:-1])).to(alpha[0].dtype):
         number = chains.gather(numbers)  # [B, L]
         tag = torch.zeros(B, dtype=torch.int64, device=emissions.device)
         path = []
@@ -400,7 +404,7 @@ def crf_sample(
     num_samples: int = 1,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """`num_samples` independent draws from p(y), int64 [num_samples, B, T] ([num_samples, total]); -1 at masked steps."""
+    """Independent draws from p(y), int64 [num_samples, B, T] ([num_samples, total]); -1 at masked steps."""
     uniforms = torch.rand(
         num_samples, *emissions.shape[:-1], generator=generator, device=emissions.device, dtype=torch.float32
     )

@@ -1,8 +1,8 @@
 r"""Maximum-entropy Markov models in plain PyTorch: the mathematics that the compiled kernels must reproduce.
 
-A sequence of L emissions e_k [N] is tagged one step after the other, every step by a softmax of its own (McCallum, Freitag,
-Pereira 2000). The score of a step is the mean of its emission and of the row of its predecessor in T [from, to], as in
-bert4keras (Su 2020):
+A sequence of L emissions e_k [N] is tagged one step after the other, every step by a softmax of its own (McCallum,
+Freitag, Pereira 2000). The score of a step is the mean of its emission and of the row of its predecessor in
+T [from, to], as in bert4keras (Su 2020):
 
     forward    p(y_0) = softmax(e_0)              p(y_k | y_{k-1}) = softmax_j((e_k(j) + T[y_{k-1}, j]) / 2)
     reversed   p(y_{L-1}) = softmax(e_{L-1})      p(y_k | y_{k+1}) = softmax_i((e_k(i) + T[i, y_{k+1}]) / 2)
@@ -13,14 +13,14 @@ normaliser of another: all steps are computed at once.
 Decoding is Viterbi on a linear chain. With Z_k(i) = log sum_j exp((e_k(j) + T_ij) / 2) a forward edge scores
 e_k(y_k) / 2 + T[y_{k-1}, y_k] / 2 - Z_k(y_{k-1}): the last term belongs to step k-1 alone. With the mirrored normaliser
 W_k(j) = log sum_i exp((e_k(i) + T_ij) / 2) a reversed edge (k, k+1) scores
-e_k(y_k) / 2 + T[y_k, y_{k+1}] / 2 - W_k(y_{k+1}): the last term belongs to step k+1. So log p(y) is the score of a chain
-with transitions T / 2 and emissions
+e_k(y_k) / 2 + T[y_k, y_{k+1}] / 2 - W_k(y_{k+1}): the last term belongs to step k+1. So log p(y) is the score of a
+chain with transitions T / 2 and emissions
 
     forward    f_k = (k = 0 ? e_0 - lse(e_0) : e_k / 2)              - (k < L-1 ? Z_{k+1} : 0)
     reversed   r_k = (k = L-1 ? e_{L-1} - lse(e_{L-1}) : e_k / 2)    - (k > 0 ? W_{k-1} : 0)
 
-bidirectional (f_k + r_k) / 2. A step whose normaliser is -inf has no distribution: its log-likelihood is -inf, and in the
-chain the tag that leads there is forbidden.
+bidirectional (f_k + r_k) / 2. A step whose normaliser is -inf has no distribution: its log-likelihood is -inf, and in
+the chain the tag that leads there is forbidden.
 
 The mask may be any pattern: k counts the valid steps, the neighbour of a step is the next valid one. Masked values are
 never read, whatever they are. Any device; half precision is computed in float32; differentiable twice.
@@ -47,12 +47,13 @@ def neighbours(mask: Tensor) -> tuple[Tensor, Tensor]:
     before = torch.where(mask, steps, -1).cummax(1).values
     after = torch.where(mask, steps, T).flip(1).cummin(1).values.flip(1)
     edge = steps.new_full((len(mask), 1), -1)
-    return torch.cat([edge, before[:, :-1]], 1), torch.cat([after[:, 1:], edge + T + 1], 1)
+    return torch.cat([edge, before], 1)[:, :T], torch.cat([after, edge + T + 1], 1)[:, 1:]
 
 
 def inputs(emissions: Tensor, transitions: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """Emissions (0 where masked) and transitions in the compute type, mask [B, T] as bool."""
-    dtype = torch.float64 if emissions.dtype == torch.float64 else torch.float32
+    double = torch.float64 in (emissions.dtype, transitions.dtype)
+    dtype = torch.float64 if double else torch.float32
     valid = torch.ones(emissions.shape[:2], dtype=torch.bool, device=emissions.device) if mask is None else mask != 0
     return torch.where(valid[:, :, None], emissions, 0).to(dtype), transitions.to(dtype), valid
 

@@ -1,0 +1,216 @@
+"""Random CRF problems in every layout, the CRF functions over them, and the enumeration of all paths."""
+
+import dataclasses
+import itertools
+import math
+
+import torch
+from tools import assert_within_budget
+
+import fastnlp_ops
+from fastnlp_ops import reference
+
+
+@dataclasses.dataclass
+class Problem:
+    """Arguments of one CRF call."""
+
+    emissions: torch.Tensor
+    tags: torch.Tensor
+    transitions: torch.Tensor
+    start: torch.Tensor | None
+    end: torch.Tensor | None
+    mask: torch.Tensor | None = None
+    cu_seqlens: torch.Tensor | None = None
+    allowed: torch.Tensor | None = None  # allowed tags of the partial log-likelihood
+
+    @property
+    def scores(self):
+        """The differentiable arguments in the order of every function, tags aside."""
+        return self.emissions, self.transitions, self.start, self.end
+
+    @property
+    def layout(self):
+        return {"mask": self.mask, "cu_seqlens": self.cu_seqlens}
+
+    @property
+    def batch(self):
+        return len(self.emissions) if self.cu_seqlens is None else len(self.cu_seqlens) - 1
+
+    def with_scores(self, *scores):
+        return dataclasses.replace(self, **dict(zip(("emissions", "transitions", "start", "end"), scores, strict=True)))
+
+    def to(self, dtype):
+        """The same values in another dtype; from half precision to float32 and float64 without loss."""
+        return self.with_scores(*(None if score is None else score.detach().to(dtype) for score in self.scores))
+
+    def leaves(self, dtype=None):
+        """A copy whose scores ask for gradients, and those scores."""
+        copy = self.with_scores(*(None if score is None else score.detach().clone() for score in self.scores))
+        copy = copy if dtype is None else copy.to(dtype)
+        leaves = [score for score in copy.scores if score is not None]
+        for leaf in leaves:
+            leaf.requires_grad_()
+        return copy, leaves
+
+    def single(self, b):
+        """Sequence b alone, without mask or padding: emissions [L, N], tags [L], transitions [N, N] or [L-1, N, N]."""
+        if self.cu_seqlens is not None:
+            rows = slice(*self.cu_seqlens[b : b + 2].tolist())
+            return self.emissions[rows], self.tags[rows], self.transitions, self.positions(b)
+        positions = self.positions(b)
+        transitions = self.transitions if self.transitions.dim() == 2 else self.transitions[b, positions[1:] - 1]
+        return self.emissions[b, positions], self.tags[b, positions], transitions, positions
+
+    def positions(self, b):
+        """Indices of the valid steps of sequence b in row b of padded outputs, or in packed outputs."""
+        if self.cu_seqlens is not None:
+            first, last = self.cu_seqlens[b : b + 2].tolist()
+            return torch.arange(first, last, device=self.emissions.device)
+        if self.mask is None:
+            return torch.arange(self.emissions.shape[1], device=self.emissions.device)
+        return self.mask[b].nonzero()[:, 0]
+
+    def rows(self, b):
+        """The index of sequence b's valid steps in any output: output[..., *rows(b)]."""
+        return (self.positions(b),) if self.cu_seqlens is not None else (b, self.positions(b))
+
+
+def make_mask(kind, B, T):
+    """full, prefix (right padding, one empty row), left (left padding), holes (any pattern, one empty row)."""
+    steps = torch.arange(T)
+    lengths = torch.randint(1, T + 1, (B, 1)) if T else torch.zeros(B, 1, dtype=torch.int64)
+    if kind == "full":
+        return torch.ones(B, T, dtype=torch.bool)
+    if kind == "prefix":
+        mask = steps < lengths
+    elif kind == "left":
+        mask = steps >= T - lengths
+    elif kind == "holes":
+        mask = torch.rand(B, T) < 0.6
+    else:
+        raise ValueError(f"kind must be full, prefix, left or holes, got {kind!r}")
+    if B > 2 and kind != "left":
+        mask[1] = False
+    return mask
+
+
+def make_problem(
+    B,
+    T,
+    N,
+    device="cpu",
+    dtype=torch.float32,
+    *,
+    mask=None,
+    packed=False,
+    per_position=False,
+    bounds=True,
+    std=1.0,
+    ban=0.0,
+    poison=True,
+):
+    """Random scores; `ban` is the share of -inf transitions. Masked emissions are NaN and masked tags -100."""
+
+    def draw(*shape):
+        return torch.randn(shape, dtype=torch.float64)
+
+    on = make_mask(mask, B, T) if mask is not None else torch.ones(B, T, dtype=torch.bool)
+    emissions = std * draw(B, T, N)
+    tags = torch.randint(0, N, (B, T))
+    transitions = draw(*((B, max(T - 1, 0)) if per_position else ()), N, N)
+    transitions[torch.rand(transitions.shape) < ban] = -math.inf
+    # Half of the steps allow any tag, the others a random set with the gold tag in it.
+    allowed = (torch.rand(B, T, N) < 0.5) | (torch.rand(B, T, 1) < 0.5)
+    allowed |= torch.nn.functional.one_hot(tags, N).bool()
+    start, end = (draw(N), draw(N)) if bounds else (None, None)
+    cu_seqlens = None
+    if packed:
+        lengths = on.sum(1)
+        cu_seqlens = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]).to(device)
+        emissions, tags, allowed = emissions[on], tags[on], allowed[on]
+    elif poison:
+        emissions[~on] = math.nan
+        tags[~on] = -100
+    mask = None if mask is None or packed else on.to(device)
+    scores = [None if score is None else score.to(device, dtype) for score in (transitions, start, end)]
+    return Problem(emissions.to(device, dtype), tags.to(device), *scores, mask, cu_seqlens, allowed.to(device))
+
+
+def enumerate_paths(emissions, transitions, start, end):
+    """All N^L paths of one sequence [L, N] in lexicographic order, and their scores in float64: [N^L, L], [N^L]."""
+    L, N = emissions.shape
+    paths = torch.tensor(
+        list(itertools.product(range(N), repeat=L)), dtype=torch.int64, device=emissions.device
+    ).reshape(N**L, L)
+    score = torch.zeros(N**L, dtype=torch.float64, device=emissions.device)
+    for k in range(L):
+        score = score + emissions[k].double()[paths[:, k]]
+        if k > 0:
+            matrix = transitions if transitions.dim() == 2 else transitions[k - 1]
+            score = score + matrix.double()[paths[:, k - 1], paths[:, k]]
+    if L > 0 and start is not None:
+        score = score + start.double()[paths[:, 0]]
+    if L > 0 and end is not None:
+        score = score + end.double()[paths[:, -1]]
+    return paths, score
+
+
+def log_partition(module, problem):
+    return module.crf_log_partition(*problem.scores, **problem.layout)
+
+
+def log_likelihood(module, problem):
+    emissions, *rest = problem.scores
+    return module.crf_log_likelihood(emissions, problem.tags, *rest, **problem.layout)
+
+
+def partial_log_likelihood(module, problem):
+    emissions, *rest = problem.scores
+    return module.crf_partial_log_likelihood(emissions, problem.allowed, *rest, **problem.layout)
+
+
+def marginals(module, problem):
+    return module.crf_marginals(*problem.scores, **problem.layout)
+
+
+def entropy(module, problem):
+    return module.crf_entropy(*problem.scores, **problem.layout)
+
+
+def viterbi_score(module, problem):
+    return module.crf_viterbi(*problem.scores, **problem.layout)[1]
+
+
+FUNCTIONS = [log_partition, log_likelihood, partial_log_likelihood, marginals, entropy, viterbi_score]
+
+
+def gradients(function, module, problem, dtype=None, weights=None):
+    """Gradients of all scores of `problem` for the upstream gradient `weights`; 0 where nothing depends on a score."""
+    problem, leaves = problem.leaves(dtype)
+    output = function(module, problem)
+    return torch.autograd.grad(output, leaves, weights.to(output.dtype), materialize_grads=True)
+
+
+def compute_dtype(problem):
+    return torch.float64 if problem.emissions.dtype == torch.float64 else torch.float32
+
+
+def check_forward(function, problem):
+    actual = function(fastnlp_ops, problem)
+    assert actual.dtype == compute_dtype(problem)
+    plain = function(reference, problem.to(torch.float32))
+    assert_within_budget(actual, plain, function(reference, problem.to(torch.float64)), function.__name__)
+
+
+def check_backward(function, problem):
+    # Every sequence has its own upstream gradient, of any sign; the first has none.
+    exact = function(reference, problem.to(torch.float64))
+    weights = torch.randn(exact.shape, device=exact.device)
+    weights[:1] = 0
+    ours = gradients(function, fastnlp_ops, problem, None, weights)
+    plain = gradients(function, reference, problem, torch.float32, weights)
+    exact = gradients(function, reference, problem, torch.float64, weights)
+    names = ["demissions", "dtransitions", "dstart_transitions", "dend_transitions"][: len(ours)]
+    for name, gradient, plain_gradient, exact_gradient in zip(names, ours, plain, exact, strict=True):
+        assert_within_budget(gradient, plain_gradient, exact_gradient, f"{name} of {function.__name__}")

@@ -1,0 +1,51 @@
+"""What the tests of all families share: equality to the bit, and the error rule."""
+
+import torch
+
+
+def assert_same(actual, expected, what="result"):
+    """Equal to the bit, NaN equal to NaN."""
+    assert actual.dtype == expected.dtype, f"{what}: {actual.dtype}, expected {expected.dtype}"
+    assert actual.shape == expected.shape, f"{what}: {tuple(actual.shape)}, expected {tuple(expected.shape)}"
+    differs = (actual != expected) & ~((actual != actual) & (expected != expected))
+    if differs.any():
+        index = tuple(differs.nonzero()[0].tolist())
+        raise AssertionError(
+            f"{what} differs at {int(differs.sum())} of {differs.numel()} places, first at {index}: "
+            f"{actual[index].item()!r}, expected {expected[index].item()!r}"
+        )
+
+
+def assert_within_budget(actual, reference, exact, what="result"):
+    """max|actual - exact| <= 2 max|reference - exact| + eps, and -inf, inf and NaN in the same places.
+
+    `reference` is the plain PyTorch result in float32, `exact` that in float64: the kernel may be twice as far from the
+    truth as PyTorch is. A float64 kernel has no higher truth to stand before: there the float32 error of the reference
+    is scaled to float64 and taken ten times instead of twice, because `exact` is off by as much itself and because the
+    roundings of one dtype are not those of the other (on gradients of six numbers they differed fourfold).
+    eps is 4 units in the last place of the largest value: the reference may be exact by luck, while a kernel with
+    another order of operations rounds its few last operations (sum, logarithm, difference) anew.
+    """
+    assert reference.dtype == torch.float32, f"{what}: the reference must be taken in float32, got {reference.dtype}"
+    assert exact.dtype == torch.float64, f"{what}: the truth must be taken in float64, got {exact.dtype}"
+    assert actual.shape == exact.shape, f"{what}: {tuple(actual.shape)}, expected {tuple(exact.shape)}"
+    if actual.numel() == 0:
+        return
+    wide = actual.detach().double()
+    exact = exact.detach()
+    finite = exact.isfinite()
+    assert_same(torch.where(finite, 0, wide), torch.where(finite, 0, exact), f"non-finite places of {what}")
+    error = torch.where(finite, (wide - exact).abs(), 0)
+    assert error.isfinite().all(), f"{what} is not finite at {error.isfinite().logical_not().nonzero()[0].tolist()}"
+    reference_error = torch.where(finite, (reference.detach().double() - exact).abs(), 0).max().item()
+    precision = torch.finfo(actual.dtype).eps
+    if actual.dtype == torch.float64:
+        reference_error *= 5 * precision / torch.finfo(torch.float32).eps
+    budget = 2 * reference_error + 4 * precision * max(1.0, torch.where(finite, exact.abs(), 0).max().item())
+    worst = error.argmax().item()
+    if not error.flatten()[worst] <= budget:
+        index = tuple(i.item() for i in torch.unravel_index(torch.tensor(worst), error.shape))
+        raise AssertionError(
+            f"{what} is off by {error[index].item():.3g} at {index}, allowed is {budget:.3g}: kernel "
+            f"{actual[index].item():.17g}, reference {reference[index].item():.9g}, float64 {exact[index].item():.17g}"
+        )
