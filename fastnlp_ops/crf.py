@@ -7,8 +7,8 @@ The score of tags y_0 .. y_{L-1} given emissions e is
 with log Z = log sum_y exp score(y). What the functions below share:
 
 - Emissions are [B, T, N] with an optional mask [B, T] of any dtype and any pattern, or packed [total, N] with
-  ``cu_seqlens`` [B + 1]. A masked step is skipped wherever it is: the chain runs over the steps that remain. What stands
-  at a masked step, NaN or a tag of -100, is never read.
+  ``cu_seqlens`` [B + 1]. A masked step is skipped wherever it is: the chain runs over the steps that remain. What
+  stands at a masked step, NaN or a tag of -100, is never read.
 - Transitions are [N, N] as [from, to], or [B, T-1, N, N], one matrix for each step that is entered.
 - -inf is a legal score and forbids what carries it, in values and in gradients, without NaN.
 - Arithmetic is float32 (float64 for float64 emissions), whatever the dtype of the emissions.
@@ -31,7 +31,8 @@ def crf_log_partition(
 ) -> Tensor:
     """Log Z of every sequence: the logarithm of the summed exponentiated scores of all tag paths.
 
-    alpha_0 = start + e_0, alpha_k(j) = e_k(j) + log sum_i exp(alpha_{k-1}(i) + T_ij), log Z = log sum_j exp(alpha + end)
+    alpha_0 = start + e_0,  alpha_k(j) = e_k(j) + log sum_i exp(alpha_{k-1}(i) + T_ij),
+    log Z = log sum_j exp(alpha_{L-1}(j) + end(j))
 
     Equivalent to:
         >>> import torch, fastnlp_ops
@@ -45,17 +46,17 @@ def crf_log_partition(
     Args:
         emissions (Tensor[B, T, N] or Tensor[total, N]): scores of the tags in nats; float32, float64, float16 or
             bfloat16, any strides.
-        transitions (Tensor[N, N] or Tensor[B, T-1, N, N]): scores [from, to]; matrix t-1 is used where step t is entered.
+        transitions (Tensor[N, N] or Tensor[B, T-1, N, N]): scores [from, to]; matrix t-1 is used to enter step t.
         start_transitions (Tensor[N]): scores of the first tag; None means zeros.
         end_transitions (Tensor[N]): scores of the last tag; None means zeros.
         mask (Tensor[B, T]): bool, integer or float; nonzero steps are part of the sequence. None means all.
         cu_seqlens (Tensor[B + 1]): int32 or int64 offsets of packed sequences, rising from 0 to total.
 
     Returns:
-        Tensor[B]: in float32, or float64 where an input is. 0 for an empty sequence, -inf where every path is forbidden.
+        Tensor[B]: in float32, or float64 where an input is. 0 for an empty sequence, -inf where no path is possible.
 
     Raises:
-        ValueError: for a shape or a device that does not fit, and on CPU for cu_seqlens that do not rise from 0 to total.
+        ValueError: for a shape or a device that does not fit; on CPU for cu_seqlens that do not rise from 0 to total.
         TypeError: for a dtype that is not listed.
 
     Preconditions:
@@ -67,9 +68,9 @@ def crf_log_partition(
         backward pass saves as many float32 numbers as there are emissions.
 
     References:
-        Lafferty, McCallum, Pereira: Conditional Random Fields. ICML 2001, section 3. Rabiner: A Tutorial on Hidden Markov
-        Models. Proc. IEEE 1989, equations (19)-(21). Gradients: posterior kernels as in forward filtering, backward
-        smoothing; Murphy: Machine Learning, 2012, section 17.4.3.
+        Lafferty, McCallum, Pereira: Conditional Random Fields. ICML 2001, section 3. Rabiner: A Tutorial on Hidden
+        Markov Models. Proc. IEEE 1989, equations (19)-(21). Gradients: forward filtering, backward smoothing; Murphy:
+        Machine Learning, 2012, section 17.4.3.
     """
     e, t, start, end, mask, cu_seqlens = kernel_inputs(
         emissions, transitions, start_transitions, end_transitions, mask, cu_seqlens
@@ -105,7 +106,7 @@ def crf_log_likelihood(
         tags (Tensor[B, T] or Tensor[total]): integers in [0, N) at valid steps, anything at masked ones.
 
     Returns:
-        Tensor[B]: at most 0. -inf where the path is forbidden (its gradients are finite) or every path is (gradients 0).
+        Tensor[B]: at most 0. -inf where the path is forbidden (gradients are finite) or every path is (gradients 0).
 
     Raises:
         ValueError: as :func:`crf_log_partition`, and on CPU for a tag outside [0, N) at a valid step.
@@ -115,8 +116,8 @@ def crf_log_likelihood(
         On CUDA tags are not checked: a tag outside [0, N) at a valid step makes its sequence NaN.
 
     Precision:
-        As :func:`crf_log_partition`; the score of the path is summed in float64. float16 and bfloat16 emissions give the
-        value of the same numbers in float32; their gradients are rounded once, to their dtype.
+        As :func:`crf_log_partition`; the score of the path is summed in float64. float16 and bfloat16 emissions give
+        the value of the same numbers in float32; their gradients are rounded once, to their dtype.
 
     References:
         Lafferty, McCallum, Pereira: Conditional Random Fields. ICML 2001, section 3.
@@ -148,8 +149,8 @@ def crf_marginals(
         emissions, transitions, start_transitions, end_transitions, mask, cu_seqlens: as in :func:`crf_log_partition`.
 
     Returns:
-        Tensor[B, T, N] or Tensor[total, N]: probabilities that sum to 1 at valid steps; 0 at masked steps and where every
-        path is forbidden.
+        Tensor[B, T, N] or Tensor[total, N]: probabilities that sum to 1 at valid steps; 0 at masked steps and where
+        every path is forbidden.
 
     Raises:
         ValueError: for a shape or a device that does not fit.
@@ -200,15 +201,15 @@ def crf_viterbi(
 
     Returns:
         (paths, scores): int64 Tensor[B, T] (Tensor[total]), -1 at masked steps, and Tensor[B]. With n_best > 1
-        Tensor[B, n, T] (Tensor[n, total]) and Tensor[B, n], best first; a runner-up that does not exist or is forbidden has
-        tags -1 and score -inf.
+        Tensor[B, n, T] (Tensor[n, total]) and Tensor[B, n], best first; a runner-up that does not exist or is forbidden
+        has tags -1 and score -inf.
 
     Raises:
         ValueError: for a shape or a device that does not fit, or n_best < 1.
         TypeError: for a dtype that is not listed.
 
     Precision:
-        Scores are summed in float32 (float64 for float64 inputs) in the order of pytorch-crf: its paths to the bit, also
+        Scores are summed in float32 (float64 for float64 inputs) in the order of pytorch-crf: its paths, also
         on ties. Scores are differentiable: the gradient counts the entries on the path.
 
     References:

@@ -16,8 +16,9 @@ from fastnlp_ops.tag_schemes import transition_mask
 class CRF(nn.Module):
     """Linear-chain conditional random field; a drop-in for ``torchcrf.CRF``.
 
-    Same parameters in the same order (``start_transitions``, ``end_transitions``, ``transitions``, drawn from U(-0.1, 0.1)),
-    same methods, same errors, same TorchScript support; ``forward`` returns the log-likelihood, not the loss.
+    Same parameters in the same order (``start_transitions``, ``end_transitions``, ``transitions``, drawn from
+    U(-0.1, 0.1)), same methods, same errors, same TorchScript support; ``forward`` returns the log-likelihood, not the
+    loss.
 
     Equivalent to:
         >>> import torch, fastnlp_ops
@@ -39,11 +40,11 @@ class CRF(nn.Module):
         emissions), or Tensor[B] with reduction "none". "mean" is over sequences, "token_mean" over valid steps.
 
     Raises:
-        ValueError: for shapes that do not fit, in the words and the order of torchcrf; on CPU also where the first step of
-            a sequence is masked, and for a tag outside [0, N) at a valid step.
+        ValueError: for shapes that do not fit, in the words and the order of torchcrf; on CPU also where the first step
+            of a sequence is masked, and for a tag outside [0, N) at a valid step.
 
     Preconditions:
-        On CUDA neither the mask nor tags are read by the checks. A first step that is masked is skipped, like any other.
+        On CUDA neither the mask nor tags are read by the checks. A masked first step is skipped, like any other.
 
     Precision:
         As :func:`crf_log_likelihood` and :func:`crf_viterbi`.
@@ -155,7 +156,9 @@ class CRF(nn.Module):
         self.load_state_dict(converted)
 
     def _scores(self) -> tuple[Tensor, Tensor, Tensor]:
-        transitions, start, end = self.transitions, self.start_transitions, self.end_transitions
+        transitions: Tensor = self.transitions
+        start: Tensor = self.start_transitions
+        end: Tensor = self.end_transitions
         forbidden, forbidden_starts, forbidden_ends = self._forbidden, self._forbidden_starts, self._forbidden_ends
         if forbidden is not None and forbidden_starts is not None and forbidden_ends is not None:
             transitions = transitions.masked_fill(forbidden, float("-inf"))

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastnlp_ops import reference
+
 _Scores = Tensor | None
 _OPS = torch.ops.fastnlp_ops
 
@@ -82,7 +84,7 @@ def _(emissions, transitions, start, end, mask, cu_seqlens):
     return emissions.new_empty(_batch(emissions, cu_seqlens), dtype=_compute_dtype(emissions))
 
 
-def _reference_inputs(scores: Sequence[_Scores]) -> list[_Scores]:
+def _reference_inputs(scores: Sequence[_Scores]) -> list[Any]:
     """The score tensors, as inputs that the reference can be differentiated by, still on the caller's graph."""
     return [s if s is None or s.requires_grad else s.detach().requires_grad_() for s in scores]
 
@@ -132,8 +134,6 @@ def _register_forward(name: str, has_tags: bool) -> None:
         ctx.set_materialize_grads(False)
 
     def backward_formula(ctx: Any, *cotangents: Tensor | None) -> tuple[_Scores, ...]:
-        from fastnlp_ops import reference
-
         grad, *tensors = ctx.saved_tensors
         create_graph = torch.is_grad_enabled()
         emissions, *tags, transitions, start, end, mask, cu_seqlens = tensors
@@ -166,8 +166,6 @@ def _path_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]
 
 def _path_formula(ctx: Any, _: Tensor | None, grad: Tensor | None) -> tuple[_Scores, ...]:
     """The score of a best path is a sum of entries of the inputs: its gradient counts them."""
-    from fastnlp_ops import reference
-
     *scores, mask, cu_seqlens, paths = ctx.saved_tensors
     rest = (None, None) if ctx.n_best is None else (None, None, None)
     if grad is None:
@@ -179,11 +177,11 @@ def _path_formula(ctx: Any, _: Tensor | None, grad: Tensor | None) -> tuple[_Sco
             ranks = [(paths, grad)]
         else:
             ranks = list(zip(paths.unbind(-2), grad.unbind(-1), strict=True))
-        total = sum(
+        counted = [
             (reference.crf_score(inputs[0], path, *inputs[1:], mask=mask, cu_seqlens=cu_seqlens) * g).sum()
             for path, g in ranks
-        )
-        return (*_grads(total, inputs, create_graph), *rest)
+        ]
+        return (*_grads(torch.stack(counted).sum(), inputs, create_graph), *rest)
 
 
 torch.library.register_autograd("fastnlp_ops::crf_viterbi", _path_formula, setup_context=_path_setup)
@@ -195,8 +193,6 @@ def _entropy_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _entropy_formula(ctx: Any, grad: Tensor) -> tuple[_Scores, ...]:
-    from fastnlp_ops import reference
-
     *scores, mask, cu_seqlens = ctx.saved_tensors
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
