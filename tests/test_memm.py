@@ -5,9 +5,10 @@ import math
 
 import pytest
 import torch
+from crf_problems import make_problem
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tools import assert_same, assert_within_budget, make_problem
+from tools import assert_same, assert_within_budget
 
 import fastnlp_ops
 from fastnlp_ops import reference
