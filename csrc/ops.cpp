@@ -31,6 +31,20 @@ STABLE_TORCH_LIBRARY(fastnlp_ops, m) {
   m.def(
       "crf_entropy(Tensor emissions, Tensor transitions, Tensor? start_transitions, Tensor? end_transitions, "
       "Tensor? mask, Tensor? cu_seqlens) -> Tensor");
+  // Derivatives that have no kernel: the differentiable reference, as one node of a compiled graph.
+  m.def(
+      "crf_viterbi_backward(Tensor grad, Tensor paths, Tensor emissions, Tensor transitions, "
+      "Tensor? start_transitions, Tensor? end_transitions, Tensor? mask, Tensor? cu_seqlens) -> "
+      "(Tensor demissions, Tensor dtransitions, Tensor dstart_transitions, Tensor dend_transitions)");
+  m.def(
+      "crf_entropy_backward(Tensor grad, Tensor emissions, Tensor transitions, Tensor? start_transitions, "
+      "Tensor? end_transitions, Tensor? mask, Tensor? cu_seqlens) -> "
+      "(Tensor demissions, Tensor dtransitions, Tensor dstart_transitions, Tensor dend_transitions)");
+  m.def(
+      "crf_double_backward(Tensor grad, Tensor? demissions_grad, Tensor? dtransitions_grad, "
+      "Tensor? dstart_transitions_grad, Tensor? dend_transitions_grad, Tensor emissions, Tensor? tags, "
+      "Tensor transitions, Tensor? start_transitions, Tensor? end_transitions, Tensor? mask, Tensor? cu_seqlens) -> "
+      "(Tensor dgrad, Tensor demissions, Tensor dtransitions, Tensor dstart_transitions, Tensor dend_transitions)");
 
   // Maximum-entropy Markov model.
   m.def(

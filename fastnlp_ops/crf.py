@@ -364,6 +364,8 @@ def crf_partial_log_likelihood(
         raise ValueError(
             f"allowed_tags must be on the device of emissions, {emissions.device}, got {allowed_tags.device}"
         )
+    if emissions.dtype in (torch.float16, torch.bfloat16):
+        emissions = emissions.float()  # so that the two gradients of the emissions are rounded once, as a sum
     scores = (transitions, start_transitions, end_transitions)
     total = crf_log_partition(emissions, *scores, mask=mask, cu_seqlens=cu_seqlens)
     allowed = emissions.masked_fill(allowed_tags == 0, -torch.inf)

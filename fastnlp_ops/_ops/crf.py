@@ -4,6 +4,7 @@ First derivatives are kernels. Derivatives of derivatives, and of the entropy, g
 they are right to any order, at the reference's speed.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fastnlp_ops import reference
+from fastnlp_ops._ops.through_reference import gradients, leaves, register_through_reference
 
 _Scores = Tensor | None
 _OPS = torch.ops.fastnlp_ops
@@ -27,7 +29,7 @@ def _batch(emissions: Tensor, cu_seqlens: _Scores) -> int | torch.SymInt:
 def _fake_forward(emissions: Tensor, cu_seqlens: _Scores, save_messages: bool) -> tuple[Tensor, Tensor]:
     dtype, rows = _compute_dtype(emissions), 0
     if save_messages:
-        rows = emissions.shape[:-1].numel()
+        rows = math.prod(emissions.shape[:-1])  # Size.numel() would make symbolic sizes constants
         if emissions.device.type == "cuda":
             rows = rows + 2 * (rows // 256)  # the chunk boundaries of long sequences
     value = emissions.new_empty(_batch(emissions, cu_seqlens), dtype=dtype)
@@ -84,18 +86,6 @@ def _(emissions, transitions, start, end, mask, cu_seqlens):
     return emissions.new_empty(_batch(emissions, cu_seqlens), dtype=_compute_dtype(emissions))
 
 
-def _reference_inputs(scores: Sequence[_Scores]) -> list[Any]:
-    """The score tensors, as inputs that the reference can be differentiated by, still on the caller's graph."""
-    return [s if s is None or s.requires_grad else s.detach().requires_grad_() for s in scores]
-
-
-def _grads(output: Tensor, inputs: Sequence[_Scores], create_graph: bool) -> list[_Scores]:
-    """Gradients of a scalar by the inputs that are there; None where an input is None or has no part in it."""
-    there = [x for x in inputs if x is not None]
-    grads = iter(torch.autograd.grad(output, there, create_graph=create_graph, allow_unused=True))
-    return [None if x is None else next(grads) for x in inputs]
-
-
 def _register_forward(name: str, has_tags: bool) -> None:
     """Autograd of crf_log_partition and crf_log_likelihood and, through the reference, of their backward ops."""
     forward, backward = getattr(_OPS, name), getattr(_OPS, f"{name}_backward")
@@ -134,58 +124,79 @@ def _register_forward(name: str, has_tags: bool) -> None:
         ctx.set_materialize_grads(False)
 
     def backward_formula(ctx: Any, *cotangents: Tensor | None) -> tuple[_Scores, ...]:
-        grad, *tensors = ctx.saved_tensors
-        create_graph = torch.is_grad_enabled()
-        emissions, *tags, transitions, start, end, mask, cu_seqlens = tensors
-        with torch.enable_grad():
-            inputs = _reference_inputs((emissions, transitions, start, end))
-            upstream = grad if grad.requires_grad else grad.detach().requires_grad_()
-            value = getattr(reference, name)(inputs[0], *tags, *inputs[1:], mask=mask, cu_seqlens=cu_seqlens)
-            # Where log Z or the gold score is -inf the value is constant or infinite: only gradients are used, and
-            # they are finite.
-            first = _grads((value.nan_to_num(neginf=0.0) * upstream).sum(), inputs, create_graph=True)
-            inner = [(c * f).sum() for c, f in zip(cotangents, first, strict=True) if c is not None and f is not None]
-            if not inner:
-                return (None,) * (len(tensors) + 3)
-            second = _grads(torch.stack([x.to(value.dtype) for x in inner]).sum(), [upstream, *inputs], create_graph)
-        dgrad, demissions, *rest = second
-        return (dgrad, None, demissions, *([None] if has_tags else []), *rest, None, None, None)
+        grad, emissions, *rest = ctx.saved_tensors
+        tags, *rest = rest if has_tags else (None, *rest)
+        if not ctx.transition_grad:
+            cotangents = (cotangents[0], None, *cotangents[2:])
+        dgrad, demissions, *dscores = _OPS.crf_double_backward(grad, *cotangents, emissions, tags, *rest)
+        return (dgrad, None, demissions, *([None] if has_tags else []), *_where_given(dscores, rest), None, None, None)
 
     torch.library.register_autograd(f"fastnlp_ops::{name}_backward", backward_formula, setup_context=backward_setup)
+
+
+def _where_given(gradients: Sequence[Tensor], inputs: Sequence[_Scores]) -> list[_Scores]:
+    return [None if x is None else g for g, x in zip(gradients, inputs, strict=False)]
 
 
 _register_forward("crf_log_partition", has_tags=False)
 _register_forward("crf_log_likelihood", has_tags=True)
 
 
+def _double_backward(grad: Tensor, *arguments: Any) -> list[Tensor]:
+    *cotangents, emissions, tags, transitions, start, end, mask, cu_seqlens = arguments
+    upstream, *scores = leaves(grad, emissions, transitions, start, end)
+    if tags is None:
+        value = reference.crf_log_partition(*scores, mask=mask, cu_seqlens=cu_seqlens)
+    else:
+        value = reference.crf_log_likelihood(scores[0], tags, *scores[1:], mask=mask, cu_seqlens=cu_seqlens)
+    # Where log Z or the score of the tags is -inf the value is no number, but its gradients are finite or 0.
+    first = gradients((value.nan_to_num(neginf=0.0) * upstream).sum(), scores)
+    parts = [(c * f).sum().to(value.dtype) for c, f in zip(cotangents, first, strict=True) if c is not None]
+    return gradients(torch.stack(parts).sum() if parts else value.sum() * 0, [upstream, *scores])
+
+
+register_through_reference("crf_double_backward", _double_backward)
+
+
+@torch.library.register_fake("fastnlp_ops::crf_double_backward")
+def _(grad, de, dt, ds, dn, emissions, tags, transitions, start, end, mask, cu_seqlens):
+    return torch.empty_like(grad), *_fake_backward(emissions, transitions, True)
+
+
 def _path_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.n_best = inputs[6] if len(inputs) == 7 else None
-    ctx.save_for_backward(*inputs[:6], output[0])
+    ctx.save_for_backward(output[0], *inputs[:6])
+    ctx.others = len(inputs) - 4
     ctx.set_materialize_grads(False)
 
 
 def _path_formula(ctx: Any, _: Tensor | None, grad: Tensor | None) -> tuple[_Scores, ...]:
-    """The score of a best path is a sum of entries of the inputs: its gradient counts them."""
-    *scores, mask, cu_seqlens, paths = ctx.saved_tensors
-    rest = (None, None) if ctx.n_best is None else (None, None, None)
+    paths, *tensors = ctx.saved_tensors
     if grad is None:
-        return (None,) * 4 + rest
-    create_graph = torch.is_grad_enabled()
-    with torch.enable_grad():
-        inputs = _reference_inputs(scores)
-        if ctx.n_best is None:
-            ranks = [(paths, grad)]
-        else:
-            ranks = list(zip(paths.unbind(-2), grad.unbind(-1), strict=True))
-        counted = [
-            (reference.crf_score(inputs[0], path, *inputs[1:], mask=mask, cu_seqlens=cu_seqlens) * g).sum()
-            for path, g in ranks
-        ]
-        return (*_grads(torch.stack(counted).sum(), inputs, create_graph), *rest)
+        return (None,) * (4 + ctx.others)
+    dscores = _OPS.crf_viterbi_backward(grad, paths, *tensors)
+    return (*_where_given(dscores, tensors), *[None] * ctx.others)
 
 
 torch.library.register_autograd("fastnlp_ops::crf_viterbi", _path_formula, setup_context=_path_setup)
 torch.library.register_autograd("fastnlp_ops::crf_viterbi_n_best", _path_formula, setup_context=_path_setup)
+
+
+def _viterbi_backward(grad: Tensor, paths: Tensor, *arguments: Any) -> list[Tensor]:
+    """The score of a path is a sum of entries of the inputs: its gradient counts them."""
+    *scores, mask, cu_seqlens = arguments
+    scores = leaves(*scores)
+    ranks = [(paths, grad)] if grad.dim() == 1 else list(zip(paths.unbind(-2), grad.unbind(-1), strict=True))
+    layout = {"mask": mask, "cu_seqlens": cu_seqlens}
+    counted = [(reference.crf_score(scores[0], path, *scores[1:], **layout) * g).sum() for path, g in ranks]
+    return gradients(torch.stack(counted).sum(), scores)
+
+
+register_through_reference("crf_viterbi_backward", _viterbi_backward)
+
+
+@torch.library.register_fake("fastnlp_ops::crf_viterbi_backward")
+def _(grad, paths, emissions, transitions, start, end, mask, cu_seqlens):
+    return _fake_backward(emissions, transitions, True)
 
 
 def _entropy_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -193,12 +204,22 @@ def _entropy_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _entropy_formula(ctx: Any, grad: Tensor) -> tuple[_Scores, ...]:
-    *scores, mask, cu_seqlens = ctx.saved_tensors
-    create_graph = torch.is_grad_enabled()
-    with torch.enable_grad():
-        inputs = _reference_inputs(scores)
-        value = reference.crf_entropy(*inputs, mask=mask, cu_seqlens=cu_seqlens)
-        return (*_grads((value * grad).sum(), inputs, create_graph), None, None)
+    dscores = _OPS.crf_entropy_backward(grad, *ctx.saved_tensors)
+    return (*_where_given(dscores, ctx.saved_tensors), None, None)
 
 
 torch.library.register_autograd("fastnlp_ops::crf_entropy", _entropy_formula, setup_context=_entropy_setup)
+
+
+def _entropy_backward(grad: Tensor, *arguments: Any) -> list[Tensor]:
+    *scores, mask, cu_seqlens = arguments
+    scores = leaves(*scores)
+    return gradients((reference.crf_entropy(*scores, mask=mask, cu_seqlens=cu_seqlens) * grad).sum(), scores)
+
+
+register_through_reference("crf_entropy_backward", _entropy_backward)
+
+
+@torch.library.register_fake("fastnlp_ops::crf_entropy_backward")
+def _(grad, emissions, transitions, start, end, mask, cu_seqlens):
+    return _fake_backward(emissions, transitions, True)
