@@ -144,8 +144,9 @@ __device__ inline double forward_value(bool likelihood, double gold, double log_
 
 template <typename C, int K>
 struct ChainShared {
-  alignas(16) C p[2][K];
-  C logs[K];
+  static constexpr int width = K < 32 ? 32 : K;  // lanes beyond K write zeros that nobody reads
+  alignas(16) C p[2][width];
+  C logs[width];
   float exchange[4];
   float shift[2][2];
   int top[2][2];

@@ -10,9 +10,10 @@ constexpr int64_t kMaxBlocks = 1024;
 
 template <typename C, int K, bool kTransitions>
 struct SmoothShared {
-  alignas(16) C p[4][K];  // three are alive: read by dT, read by the sums, being written
-  alignas(16) C w[2][K];
-  C logs[K], slow[K], slow_log[K];
+  static constexpr int width = K < 32 ? 32 : K;  // lanes beyond K write zeros that nobody reads
+  alignas(16) C p[4][width];                     // three are alive: read by dT, read by the sums, being written
+  alignas(16) C w[2][width];
+  C logs[width], slow[width], slow_log[width];
   C sums[2];
   C extra[kTransitions ? K * K : 1];  // [other, own]: gold counts, and pairs whose column went the exact way
 };
@@ -62,7 +63,7 @@ __global__ void __launch_bounds__(2 * Chain<C, K>::team)
       into[i] = i < N && real && !per_position ? transitions(transitions.matrix, i, own) : -INFINITY;
       column = into[i] > column ? into[i] : column;
     }
-    shared.logs[own % K] = column;
+    shared.logs[own] = column;
     __syncthreads();
 #pragma unroll
     for (int i = 0; i < K; ++i) {
@@ -132,7 +133,7 @@ __global__ void __launch_bounds__(2 * Chain<C, K>::team)
 #pragma unroll
     for (int u = 0; u < kAhead; ++u) ring[u] = fetch(u);
     C p = exp(ring[0].log);
-    if (own < K) shared.p[0][own] = p;
+    shared.p[0][own] = p;
     sync_or(false);
     C s = dot(shared.p[0], into);
 
@@ -153,10 +154,8 @@ __global__ void __launch_bounds__(2 * Chain<C, K>::team)
         const bool slow = per_position ? real : gamma * Numbers<C>::tiny > s;
         const C w = slow || gamma == 0 ? C(0) : gamma / s;
         const C p_next = exp(ring[(u + 1) % kAhead].log);
-        if (own < K) {
-          shared.w[t & 1][own] = w;
-          shared.p[(t + 1) & 3][own] = p_next;
-        }
+        shared.w[t & 1][own] = w;
+        shared.p[(t + 1) & 3][own] = p_next;
         const bool any = sync_or(slow);
         C next = p * dot(shared.w[t & 1], out);
         s = dot(shared.p[(t + 1) & 3], into);
@@ -173,14 +172,12 @@ __global__ void __launch_bounds__(2 * Chain<C, K>::team)
         if (any) {
           const int entered = right ? here.position : position;
           const C* edge = transitions.at(entered);
-          if (own < K) shared.logs[own] = here.log;
+          shared.logs[own] = here.log;
           sync_or(false);
           const C log_sum = slow ? exact_column(transitions, edge, shared.logs, 1, own, N) : C(0);
           const C share = slow && log_sum != -INFINITY ? gamma : C(0);
-          if (own < K) {
-            shared.slow[own] = share;
-            shared.slow_log[own] = log_sum;
-          }
+          shared.slow[own] = share;
+          shared.slow_log[own] = log_sum;
           sync_or(false);
 #pragma unroll 1
           for (int j = 0; j < N; ++j) {
