@@ -85,9 +85,9 @@ int64_t crf_large_backward_bytes(const CrfProblem& problem, const CrfBackward& c
 cudaError_t crf_large_backward(const CrfProblem& problem, const CrfSequences& sequences, const CrfBackward& call,
                                void* workspace, cudaStream_t stream);
 
-// crf_smooth.cu: out[i] = sum over rows of partials[row][i], in a fixed order; the columns go to dT, dstart and dend.
+// crf_smooth.cu: sums of partials [rows, matrix + 2 tags] over the rows, in a fixed order, to dT [matrix], dstart and dend.
 template <typename C>
-cudaError_t crf_sum_partials(const C* partials, int64_t rows, int64_t tags, C* dtransitions, C* dstart, C* dend,
-                             cudaStream_t stream);
+cudaError_t crf_sum_partials(const C* partials, int64_t rows, int64_t matrix, int64_t tags, C* dtransitions, C* dstart,
+                             C* dend, cudaStream_t stream);
 
 }  // namespace fastnlp::cuda

@@ -281,23 +281,22 @@ cudaError_t smooth(const CrfProblem& problem, const CrfSequences& sequences, con
     const auto kernel = call.dtransitions ? crf_smooth_kernel<C, K, true> : crf_smooth_kernel<C, K, false>;
     return launch(kernel, dim3(unsigned(blocks)), 2 * Chain<C, K>::team, stream, problem, sequences, call, chunks, partials);
   }));
-  return crf_sum_partials<C>(partials, 2 * blocks, problem.tags,
-                             problem.transitions_per_position ? nullptr : static_cast<C*>(call.dtransitions),
-                             static_cast<C*>(call.dstart), static_cast<C*>(call.dend), stream);
+  return crf_sum_partials<C>(partials, 2 * blocks, partial_width(problem, call) - 2 * problem.tags, problem.tags,
+                             static_cast<C*>(call.dtransitions), static_cast<C*>(call.dstart),
+                             static_cast<C*>(call.dend), stream);
 }
 
 }  // namespace
 
 template <typename C>
-cudaError_t crf_sum_partials(const C* partials, int64_t rows, int64_t tags, C* dtransitions, C* dstart, C* dend,
-                             cudaStream_t stream) {
-  const int64_t matrix = dtransitions ? tags * tags : 0;
+cudaError_t crf_sum_partials(const C* partials, int64_t rows, int64_t matrix, int64_t tags, C* dtransitions, C* dstart,
+                             C* dend, cudaStream_t stream) {
   const dim3 grid(unsigned(ceil_div(matrix + 2 * tags, kSumColumns)));
   return launch(crf_sum_partials_kernel<C>, grid, kSumColumns * kSumGroups, stream, partials, rows, matrix, tags,
                 dtransitions, dstart, dend);
 }
-template cudaError_t crf_sum_partials(const float*, int64_t, int64_t, float*, float*, float*, cudaStream_t);
-template cudaError_t crf_sum_partials(const double*, int64_t, int64_t, double*, double*, double*, cudaStream_t);
+template cudaError_t crf_sum_partials(const float*, int64_t, int64_t, int64_t, float*, float*, float*, cudaStream_t);
+template cudaError_t crf_sum_partials(const double*, int64_t, int64_t, int64_t, double*, double*, double*, cudaStream_t);
 
 int64_t crf_backward_bytes(const CrfProblem& problem, const CrfBackward& call) {
   if (!fits_registers(problem)) return crf_large_backward_bytes(problem, call);

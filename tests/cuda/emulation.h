@@ -273,6 +273,7 @@ inline int __reduce_max_sync(unsigned, int value) {
 }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __ffs(unsigned x) { return __builtin_ffs(int(x)); }
+inline int __clz(int x) { return x ? __builtin_clz(unsigned(x)) : 32; }
 inline int __float_as_int(float x) { return emulation::unpack<int>(emulation::pack(x)); }
 inline float __int_as_float(int x) { return emulation::unpack<float>(emulation::pack(x)); }
 inline int __double2hiint(double x) { return int(emulation::pack(x) >> 32); }
