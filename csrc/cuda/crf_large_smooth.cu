@@ -114,7 +114,7 @@ __global__ void __launch_bounds__(kLargeThreads)
           if (!(log_sum == -INFINITY)) exact[c][g] = log(gamma[c][g]) - log_sum;
           any = true;
           log_weight = exact[c][g] + (per_position ? C(0) : edges.columns[side * N + own]);
-        } else if (!(gamma[c][g] == 0)) {
+        } else if (!(gamma[c][g] == 0) && sums[c][g] != 0) {
           pack.value[g] = gamma[c][g] / sums[c][g];
           log_weight = log(gamma[c][g]) - log(sums[c][g]);
         }
@@ -345,7 +345,7 @@ struct BackwardSpace {
     bounds = space.take<C>(2 * groups * 2 * N);
     // About 512 blocks in all: four for every SM of a large card.
     tiles = ceil_div(N, kTile) * ceil_div(N, kTile);
-    per_split = ceil_div(problem.batch, ceil_div(512, tiles));
+    per_split = ceil_div(problem.batch > 0 ? problem.batch : 1, ceil_div(512, tiles));
     splits = ceil_div(problem.batch, per_split);
     if (!call.dtransitions || problem.transitions_per_position) return;
     weights = space.take<C>(rows_of(problem) * N);

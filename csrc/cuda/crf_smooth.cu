@@ -150,9 +150,9 @@ __global__ void __launch_bounds__(2 * Chain<C, K>::team)
           continue;
         }
         // A share above 1 / tiny means that s may have lost terms that matter: at most p * E < 1e-38 is lost of a sum,
-        // so below it no pair is wrong by more than 64 * 1e-38 * 1e24 = 1e-12.
+        // so below it no pair is wrong by more than 64 * 1e-38 * 1e24 = 1e-12, not even where s is 0.
         const bool slow = per_position ? real : gamma * Numbers<C>::tiny > s;
-        const C w = slow || gamma == 0 ? C(0) : gamma / s;
+        const C w = slow || s == 0 ? C(0) : gamma / s;
         const C p_next = exp(ring[(u + 1) % kAhead].log);
         shared.w[t & 1][own] = w;
         shared.p[(t + 1) & 3][own] = p_next;
