@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from fastnlp_ops._ops.crf import EagerLogLikelihood
+
 
 def shape_of(tensor: Tensor) -> str:
     return f"shape {tuple(tensor.shape)}"
@@ -133,6 +135,10 @@ def log_likelihood(
         check_tags(tags, emissions)
     tags = tags.to(torch.int64).contiguous()
     save = needs_grad(e, t, start, end)
+    if not torch.jit.is_scripting():
+        traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+        if save and not traced:
+            return EagerLogLikelihood.apply(e, tags, t, start, end, mask, cu_seqlens)
     value, _ = torch.ops.fastnlp_ops.crf_log_likelihood(e, tags, t, start, end, mask, cu_seqlens, save)
     return value
 
