@@ -22,6 +22,8 @@ def ops() -> list[str]:
 def kernel(op: str, device: str) -> str:
     """What runs `op` on `device`, asked of the dispatcher; "-" where nothing does."""
     key = DEVICES[device]
+    if torch._C._dispatch_has_kernel_for_dispatch_key(op, "CompositeExplicitAutograd"):
+        return "Python (reference)"
     if not torch._C._dispatch_has_kernel_for_dispatch_key(op, key):
         return "-"
     found = re.search(rf"^{key}: registered at (\S+):\d+", torch._C._dispatch_dump(op), re.MULTILINE)

@@ -123,17 +123,19 @@ FASTNLP_INLINE void dot_block(const C* p, const C* matrix, int64_t n, int64_t pa
   }
 }
 
-// log sum_i exp(a_i + T_ij), exactly shifted; -inf where no i reaches j.
+// log sum_i exp(a_i + T_ij), exactly shifted; -inf where no i reaches j. In float64, because a_i + T_ij may be -1e4
+// where float32 knows four decimals, and exp of the difference is a probability.
 template <class C>
-__attribute__((noinline)) C column_logsumexp(const Matrix<C>& m, const C* a, int64_t j, int64_t n, int64_t padded) {
-  C top = -INFINITY;
+__attribute__((noinline)) double column_logsumexp(const Matrix<C>& m, const C* a, int64_t j, int64_t n,
+                                                  int64_t padded) {
+  double top = -INFINITY;
   for (int64_t i = 0; i < n; ++i) {
-    const C x = a[i] + m.scores[i * padded + j];
+    const double x = static_cast<double>(a[i]) + m.scores[i * padded + j];
     top = x > top ? x : top;
   }
-  if (top == -static_cast<C>(INFINITY)) return top;
-  C sum = 0;
-  for (int64_t i = 0; i < n; ++i) sum += std::exp(a[i] + m.scores[i * padded + j] - top);
+  if (top == -INFINITY) return top;
+  double sum = 0;
+  for (int64_t i = 0; i < n; ++i) sum += std::exp(static_cast<double>(a[i]) + m.scores[i * padded + j] - top);
   return top + std::log(sum);
 }
 
@@ -230,7 +232,7 @@ struct Chain {
         slow = true;
         for (int64_t j = block; j < block + T * lanes; ++j)
           if (sums[(j - block) / lanes][(j - block) % lanes] < static_cast<C>(kGuard))
-            a[j] = column_logsumexp(m, previous, j, n, padded) + (e[j] - m.top[j]) + static_cast<C>(offset - shift);
+            a[j] = static_cast<C>(column_logsumexp(m, previous, j, n, padded) + e[j] - m.top[j] + offset - shift);
       }
     }
     swap(p, next);

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastnlp_ops import reference
-from fastnlp_ops._ops.through_reference import gradients, leaves, register_through_reference
+from fastnlp_ops._ops._through_reference import gradients, leaves, register_through_reference
 
 _Scores = Tensor | None
 _OPS = torch.ops.fastnlp_ops
@@ -184,8 +184,8 @@ def _double_backward(grad: Tensor, *arguments: Any) -> list[Tensor]:
         value = reference.crf_log_partition(*scores, mask=mask, cu_seqlens=cu_seqlens)
     else:
         value = reference.crf_log_likelihood(scores[0], tags, *scores[1:], mask=mask, cu_seqlens=cu_seqlens)
-    # Where log Z or the score of the tags is -inf the value is no number, but its gradients are finite or 0.
-    first = gradients((value.nan_to_num(neginf=0.0) * upstream).sum(), scores)
+    # Only gradients of the value are used: where it is -inf they are finite, or 0.
+    first = gradients((value * upstream).sum(), scores)
     parts = [(c * f).sum().to(value.dtype) for c, f in zip(cotangents, first, strict=True) if c is not None]
     return gradients(torch.stack(parts).sum() if parts else value.sum() * 0, [upstream, *scores])
 
