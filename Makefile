@@ -8,7 +8,7 @@ CXX_SOURCES := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.
 ENVIRONMENT := $(if $(filter .venv,$(VENV)),.venv/.installed)
 BUILT := build/$(subst /,_,$(VENV)).built
 
-.PHONY: help demo test bench lint wheel pythons clean
+.PHONY: help demo test bench lint format wheel pythons clean
 
 help:  ## list the commands
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile | expand -t 16
@@ -27,6 +27,11 @@ lint: $(ENVIRONMENT)  ## ruff, mypy, clang-format
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(CXX_SOURCES)
+
+format: $(ENVIRONMENT)  ## write files as lint wants them
+	$(BIN)/ruff check --fix-only .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CXX_SOURCES)
 
 # The interpreters that the wheel serves: of 3.10 to 3.13 those that are on PATH or under pyenv, with their headers.
 define FIND_PYTHONS
