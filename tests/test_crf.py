@@ -310,7 +310,9 @@ def test_repeatable(device, threads):
                 assert_same(ours, first, case)
 
 
-fuzz = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+fuzz = settings(
+    max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 problems = st.fixed_dictionaries(
     {
         "B": st.integers(0, 6),
