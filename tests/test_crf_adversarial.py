@@ -15,7 +15,6 @@ from crf_problems import (
     make_problem,
     marginals,
     partial_log_likelihood,
-    viterbi_score,
 )
 from tools import assert_same
 
@@ -122,7 +121,7 @@ def test_long_sequences(T, N, device):
     assert (probabilities[:, middle][:, 50:-50].double() - exact[:, 50:-50]).abs().max() <= 1e-5
     paths, scores = fastnlp_ops.crf_viterbi(*problem.scores)
     own = reference.crf_score(problem.emissions.double(), paths, *(s.double() for s in problem.scores[1:]))
-    # T additions of float32, as pytorch-crf adds: random roundings of half a spacing of partial sums that grow to `own`.
+    # T additions of float32, as pytorch-crf adds: random roundings by half a spacing of sums that grow to `own`.
     slack = 16 * math.sqrt(T) * 2**-24 * own.abs()
     assert ((scores.double() - own).abs() <= slack).all()
     assert (own <= exact_log_z).all()
@@ -178,7 +177,7 @@ def test_dominating_state_is_killed(direction, lead, T, device):
         emissions[:, (T + 1) // 2, 2] += lead
         problem.transitions[:, 2] = -INF
     problem.tags = problem.tags % 2
-    # The goal for log Z stands without `lead` up to 200 nats; a dead leader of 1e4 costs float32 messages their fraction.
+    # The goal for log Z stands without `lead` up to 200 nats; a dead leader of 1e4 costs messages their fraction.
     assert_accurate(problem, lead=lead if lead > 200 else 0)
 
 
@@ -329,6 +328,23 @@ def test_frozen_arguments(function, packed, device):
                 assert_same(score.grad, expected[i])
             else:
                 assert score.grad is None
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
+@pytest.mark.parametrize("function", [log_partition, log_likelihood, entropy], ids=lambda function: function.__name__)
+def test_vmap(function, device):
+    """Over emissions and transitions: an ensemble of models on one batch."""
+    problems = [make_problem(3, 5, 4, device) for _ in range(4)]
+    emissions = torch.stack([problem.emissions for problem in problems])
+    transitions = torch.stack([problem.transitions for problem in problems])
+    one = problems[0]
+
+    def call(emissions, transitions):
+        return function(fastnlp_ops, one.with_scores(emissions, transitions, one.start, one.end))
+
+    together = torch.vmap(call)(emissions, transitions)
+    for ours, *scores in zip(together, emissions, transitions, strict=True):
+        assert_same(ours, call(*scores))
 
 
 @each_function
