@@ -1,7 +1,7 @@
 // Log-likelihood of a maximum-entropy Markov model and its gradients, one row (step) at a time. A row is
 //     x_j = (e_j + T[given tag, j]) / 2, or e_j where there is no neighbour,     log p = x_y - log sum_j exp(x_j)
-// forward given the tag before it and, bidirectional, once more given the tag behind it, over T transposed. Its gradient
-// is indicator - softmax(x), so that no state has to be kept for the backward pass.
+// forward given the tag before it and, bidirectional, once more given the tag behind it, over T transposed. Its
+// gradient is indicator - softmax(x), so that no state has to be kept for the backward pass.
 #include "memm.h"
 
 #include <algorithm>
@@ -84,7 +84,8 @@ struct Item {
   }
 
   void read(int64_t t) {
-    const S* row = static_cast<const S*>(p.emissions) + sequence * p.emissions_batch_stride + t * p.emissions_step_stride;
+    const S* row =
+        static_cast<const S*>(p.emissions) + sequence * p.emissions_batch_stride + t * p.emissions_step_stride;
     load_row(row, n, padded, -static_cast<C>(INFINITY), e);
   }
 

@@ -1,5 +1,5 @@
-// What csrc/cpu/memm_ops.cpp calls: CPU kernels that take one block of steps of one sequence at a time. They are compiled
-// for the baseline and for x86-64-v3, in a namespace each; memm_kernels() of either fills the same table.
+// What csrc/cpu/memm_ops.cpp calls: CPU kernels that take one block of steps of one sequence at a time. They are
+// compiled for the baseline and for x86-64-v3, in a namespace each; memm_kernels() of either fills the same table.
 #pragma once
 #include <cstddef>
 #include <cstdint>

@@ -88,8 +88,7 @@ int64_t groups_of(const MemmProblem& p) {
 }
 
 std::tuple<Tensor, Tensor> memm_log_likelihood_backward(Tensor grad, Tensor emissions, Tensor tags, Tensor transitions,
-                                                        OptionalTensor mask, bool bidirectional,
-                                                        bool transition_grad) {
+                                                        OptionalTensor mask, bool bidirectional, bool transition_grad) {
   Run run(emissions, tags, transitions, mask, bidirectional);
   const MemmProblem& p = run.call.problem;
   Tensor demissions = run.call.like_emissions();
