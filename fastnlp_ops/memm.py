@@ -293,13 +293,26 @@ def _neighbours(mask: Tensor) -> tuple[Tensor, Tensor]:
 def _normaliser(e: Tensor, matrix: Tensor) -> Tensor:
     """Sum over j of exp((e[..., j] + matrix[i, j]) / 2) in the log domain, [B, T, N] over i."""
     N = e.size(2)
+    if e.device.type == "cpu" and not torch.compiler.is_compiling():
+        # One float64 product. It is right unless a sum is so small that terms of it may have vanished, which asks for
+        # scores some 1300 nats apart, or -inf; looking at the sums would make the host wait for a GPU.
+        rows, columns = e.double() / 2, matrix.double() / 2
+        row_top, column_top = _finite(rows.amax(2, keepdim=True)), _finite(columns.amax(1))
+        sums = (rows - row_top).exp() @ (columns - column_top[:, None]).exp().t()
+        if not bool((sums < 1e-290).any()):
+            return (sums.log() + row_top + column_top).to(e.dtype)
     limit = 1 << 22  # elements of the temporary: 16 MiB in float32
-    rows = e.reshape(-1, N, 1) / 2  # [B * T, j, 1]
-    columns = matrix.t() / 2  # [j, i]
-    if rows.numel() * N <= limit:
-        return torch.logsumexp(rows + columns, [1]).reshape(e.shape)
-    parts = [torch.logsumexp(part + columns, [1]) for part in rows.split(max(1, limit // (N * N)))]
+    flat = e.reshape(-1, N, 1) / 2  # [B * T, j, 1]
+    table = matrix.t() / 2  # [j, i]
+    if flat.numel() * N <= limit:
+        return torch.logsumexp(flat + table, [1]).reshape(e.shape)
+    parts = [torch.logsumexp(part + table, [1]) for part in flat.split(max(1, limit // (N * N)))]
     return torch.cat(parts).reshape(e.shape)
+
+
+def _finite(top: Tensor) -> Tensor:
+    """Maxima to shift by: where everything is -inf, nothing needs a shift."""
+    return torch.where(top == -torch.inf, 0.0, top)
 
 
 def _chain(e: Tensor, matrix: Tensor, given: Tensor, payer: Tensor) -> Tensor:

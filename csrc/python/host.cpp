@@ -25,10 +25,8 @@ enum Scheme : int64_t { bio, iob1, bioes };
 // May a step of role `from` be followed by one of role `to`? `same` says whether the two have the same type.
 bool follows(Scheme scheme, int64_t from, int64_t to, bool same) {
   switch (scheme) {
-    case bio:
-      return to != inside || (from != outside && same);
-    case iob1:
-      return to != begin || (from != outside && same);
+    case bio: return to != inside || (from != outside && same);
+    case iob1: return to != begin || (from != outside && same);
     case bioes: {
       bool open = from == begin || from == inside;
       bool continues = to == inside || to == end;
