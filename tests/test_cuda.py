@@ -265,15 +265,23 @@ def folder(tmp_path_factory) -> pathlib.Path:
     return tmp_path_factory.mktemp("cuda")
 
 
-def built(folder: pathlib.Path, sanitizer: str, csrc: pathlib.Path = harness.CSRC) -> tuple[pathlib.Path, pathlib.Path]:
-    place = folder / f"{sanitizer}_{csrc.parent.name}"
-    place.mkdir(exist_ok=True)
-    return harness.build(place, sanitizer, csrc), place
+@pytest.fixture(scope="session")
+def programs(folder):
+    """sanitizer -> the emulated driver, built at first use."""
+
+    def get(sanitizer: str) -> tuple[pathlib.Path, pathlib.Path]:
+        place = folder / sanitizer
+        if not place.exists():
+            place.mkdir()
+            harness.build(place, sanitizer)
+        return place / f"crf_{sanitizer}", place
+
+    return get
 
 
-def test_against_reference(folder):
+def test_against_reference(programs):
     cases = all_cases()
-    program, place = built(folder, "plain")
+    program, place = programs("plain")
     results = harness.run(program, cases, place)
     faults = [fault for case, result in zip(cases, results, strict=True) for fault in compare(case, result)]
     assert not faults, "\n".join([f"{len(faults)} faults", *faults])
@@ -285,8 +293,53 @@ def test_against_reference(folder):
 
 
 @pytest.mark.parametrize("sanitizer", ["address", "thread"])
-def test_sanitizer(folder, sanitizer):
-    program, place = built(folder, sanitizer)
+def test_sanitizer(programs, sanitizer):
+    program, place = programs(sanitizer)
     cases = small_cases()
     results = harness.run(program, cases, place)
     assert not [fault for case, result in zip(cases, results, strict=True) for fault in compare(case, result)]
+
+
+# One barrier each: between a step's scores and their readers, and before messages are read in the log domain.
+BARRIERS = {
+    "crf_viterbi.cu": "      scores[k & 1][own] = score;\n      __syncthreads();\n",
+    "crf_smooth.cu": "          shared.logs[own] = here.log;\n          sync_or(false);\n",
+}
+
+
+@pytest.mark.parametrize("source", BARRIERS)
+def test_sanitizer_sees_a_missing_barrier(programs, tmp_path, source):
+    _, place = programs("thread")
+    text = (harness.CSRC / "cuda" / source).read_text()
+    assert text.count(BARRIERS[source]) == 1
+    line = BARRIERS[source].splitlines(keepends=True)[0]
+    (tmp_path / source).write_text(text.replace(BARRIERS[source], line))
+    program = harness.build(place, "thread", instead=tmp_path / source)
+    generator.manual_seed(3)
+    transitions, start = bio(9)
+    cases = [train("killed", 1, 12, 9, std=100, transitions=transitions, start=start)]
+    cases[0].op = "viterbi" if source == "crf_viterbi.cu" else "train"
+    cases[0].tags = None if cases[0].op == "viterbi" else cases[0].tags
+    process = harness.start(program, cases, tmp_path)
+    assert process.returncode
+    assert "ThreadSanitizer: data race" in process.stderr
+
+
+ARCHITECTURES = {"80": "sm_80", "90a": "sm_90a", "100a": "sm_100a", "120a": "sm_120a"}
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
+@pytest.mark.parametrize("source", sorted(path.name for path in (harness.CSRC / "cuda").glob("*.cu")))
+def test_nvcc(tmp_path, source):
+    """Compiles for every architecture of the wheel; no kernel spills or keeps a stack frame."""
+    targets = [f"-gencode=arch=compute_{a},code={sm}" for a, sm in ARCHITECTURES.items()]
+    command = ["nvcc", "-std=c++17", "-O3", *targets, "-gencode=arch=compute_80,code=compute_80", "--threads=2"]
+    command += ["-Werror=all-warnings", "-Xptxas=-v", "-c", str(harness.CSRC / "cuda" / source), "-o", str(tmp_path / "o")]
+    process = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert process.returncode == 0, process.stderr
+    kernels = re.findall(
+        r"Compiling entry function '(\w+)' for '(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores", process.stderr, re.S
+    )
+    assert kernels
+    spilling = [f"{name} for {sm}: stack {stack}, spills {spills}" for name, sm, stack, spills in kernels if stack != "0"]
+    assert not spilling, "\n".join(spilling)
