@@ -35,7 +35,7 @@ __global__ void __launch_bounds__(32 * kFindWarps)
 // the left messages below the middle, the logarithm of the marginals at it, and the right messages beyond: all that the
 // backward pass needs, normalised so that it has no use for log Z.
 template <typename C, typename E, int K>
-__global__ void __launch_bounds__(2 * Chain<C, K>::team)
+__global__ void __launch_bounds__(2 * Chain<C, K>::team, 1)
     crf_filter_kernel(CrfProblem problem, CrfSequences sequences, CrfForward call, int64_t chunks) {
   constexpr int team = Chain<C, K>::team;
   __shared__ ChainShared<C, K> shared[2];
@@ -121,7 +121,8 @@ cudaError_t crf_find_sequences(const CrfProblem& problem, void* workspace, CrfSe
 bool crf_chunked(const CrfProblem& problem) {
   const int64_t batch = problem.batch > 0 ? problem.batch : 1;
   const int64_t steps = rows_of(problem) / batch;
-  return !problem.transitions_per_position && problem.tags <= 32 && batch * problem.tags <= 256 && steps >= 2048;
+  const bool one_warp = problem.tags <= 32 && fits_registers(problem);
+  return one_warp && !problem.transitions_per_position && batch * problem.tags <= 256 && steps >= 2048;
 }
 
 int64_t crf_forward_bytes(const CrfProblem& problem, const CrfForward& call) {

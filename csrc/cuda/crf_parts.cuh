@@ -39,9 +39,10 @@ struct Size {
   static constexpr int value = K;
 };
 
-// Tags that the register kernels hold; a column of 64 doubles and its gradient would not fit in 255 registers.
+// Tags that the register kernels hold: the backward one keeps a column, a row and a gradient of the matrix in each thread,
+// 192 of 255 registers for 64 floats; 32 doubles would spill.
 inline bool fits_registers(const CrfProblem& problem) {
-  return problem.tags <= (problem.emissions_dtype == DType::f64 ? 32 : 64);
+  return problem.tags <= (problem.emissions_dtype == DType::f64 ? 16 : 64);
 }
 
 // f(Size<K>) with the smallest K that holds the tags
@@ -49,8 +50,8 @@ template <typename C, typename F>
 cudaError_t with_size(int64_t tags, F f) {
   if (tags <= 8) return f(Size<8>{});
   if (tags <= 16) return f(Size<16>{});
-  if (tags <= 32) return f(Size<32>{});
   if constexpr (sizeof(C) == 4) {
+    if (tags <= 32) return f(Size<32>{});
     if (tags <= 64) return f(Size<64>{});
   }
   return cudaErrorInvalidValue;

@@ -112,7 +112,15 @@ def build(folder: pathlib.Path, sanitizer: str, instead: pathlib.Path | None = N
     `instead`: a source that takes the place of the kernel file of its name; the other objects are those of the last build.
     """
     tests = ROOT / "tests" / "cuda"
-    flags = ["-std=c++20", "-w", "-ffp-contract=fast", f"-I{CSRC}", f"-I{CSRC / 'cuda'}", "-include", str(tests / "emulation.h")]
+    flags = [
+        "-std=c++20",
+        "-w",
+        "-ffp-contract=fast",
+        f"-I{CSRC}",
+        f"-I{CSRC / 'cuda'}",
+        "-include",
+        str(tests / "emulation.h"),
+    ]
     flags += SANITIZERS[sanitizer]
     compiler = shutil.which("g++")
     objects, running = [], []
@@ -161,7 +169,9 @@ def run(program: pathlib.Path, cases: list[Case], folder: pathlib.Path) -> list[
         for name, (shape, dtype) in case.outputs().items():
             count = torch.Size(shape).numel()
             bytes_ = count * dtype.itemsize
-            values = torch.frombuffer(data, dtype=dtype, count=count, offset=at) if count else torch.empty(0, dtype=dtype)
+            values = (
+                torch.frombuffer(data, dtype=dtype, count=count, offset=at) if count else torch.empty(0, dtype=dtype)
+            )
             result[name] = values.reshape(shape)
             at += bytes_
         results.append(result)
