@@ -1,5 +1,5 @@
 """The CUDA kernels without a GPU: their own source, compiled by g++ and run on the CPU (cuda/emulation.h) against the
-float64 reference, under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer; and nvcc for all architectures."""
+float64 reference, under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer; and nvcc's own word."""
 
 from __future__ import annotations
 

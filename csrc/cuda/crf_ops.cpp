@@ -2,6 +2,9 @@
 // Nothing here waits for the device or reads from it.
 #include "crf.h"
 
+#ifndef USE_CUDA
+#define USE_CUDA  // torch's header declares the function for the current stream only then
+#endif
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>

@@ -109,7 +109,7 @@ class Case:
 def build(folder: pathlib.Path, sanitizer: str, instead: pathlib.Path | None = None) -> pathlib.Path:
     """The driver over the kernels, compiled by g++ with one sanitizer into `folder`.
 
-    `instead`: a source that takes the place of the kernel file of its name; the other objects are those of the last build.
+    `instead`: a source in place of the kernel file of its name; the other objects are those of the last build.
     """
     tests = ROOT / "tests" / "cuda"
     flags = [
