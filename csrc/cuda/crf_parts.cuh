@@ -1,4 +1,5 @@
-// What the launchers of the crf kernels share: workspace, dispatch on types and sizes, and the parts that other files hold.
+// What the launchers of the crf kernels share: workspace, dispatch on types and sizes, and the parts that other files
+// hold.
 #pragma once
 #include "crf_chain.cuh"
 
@@ -39,8 +40,8 @@ struct Size {
   static constexpr int value = K;
 };
 
-// Tags that the register kernels hold: the backward one keeps a column, a row and a gradient of the matrix in each thread,
-// 192 of 255 registers for 64 floats; 32 doubles would spill.
+// Tags that the register kernels hold: the backward one keeps a column, a row and a gradient of the matrix in each
+// thread, 192 of 255 registers for 64 floats; 32 doubles would spill.
 inline bool fits_registers(const CrfProblem& problem) {
   return problem.tags <= (problem.emissions_dtype == DType::f64 ? 16 : 64);
 }
@@ -57,13 +58,15 @@ cudaError_t with_size(int64_t tags, F f) {
   return cudaErrorInvalidValue;
 }
 
-#define FASTNLP_RETURN_IF_ERROR(call)          \
-  do {                                         \
-    const cudaError_t error = (call);          \
-    if (error != cudaSuccess) return error;    \
+#define FASTNLP_RETURN_IF_ERROR(call)       \
+  do {                                      \
+    const cudaError_t error = (call);       \
+    if (error != cudaSuccess) return error; \
   } while (0)
 
-__device__ inline void store(void* out, DType dtype, int64_t at, double value) { static_cast<double*>(out)[at] = value; }
+__device__ inline void store(void* out, DType dtype, int64_t at, double value) {
+  static_cast<double*>(out)[at] = value;
+}
 __device__ inline void store(void* out, DType dtype, int64_t at, float value) {
   if (dtype == DType::f32)
     static_cast<float*>(out)[at] = value;
@@ -86,7 +89,8 @@ int64_t crf_large_backward_bytes(const CrfProblem& problem, const CrfBackward& c
 cudaError_t crf_large_backward(const CrfProblem& problem, const CrfSequences& sequences, const CrfBackward& call,
                                void* workspace, cudaStream_t stream);
 
-// crf_smooth.cu: sums of partials [rows, matrix + 2 tags] over the rows, in a fixed order, to dT [matrix], dstart and dend.
+// crf_smooth.cu: sums of partials [rows, matrix + 2 tags] over the rows, in a fixed order, to dT [matrix], dstart and
+// dend.
 template <typename C>
 cudaError_t crf_sum_partials(const C* partials, int64_t rows, int64_t matrix, int64_t tags, C* dtransitions, C* dstart,
                              C* dend, cudaStream_t stream);

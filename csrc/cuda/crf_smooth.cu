@@ -1,11 +1,12 @@
-// Backward pass for up to 64 tags: from the middle outwards by posterior kernels P(tag there | tag here), whose columns sum
-// to one whatever the scale of the messages. No product of left and right messages, which would underflow together.
+// Backward pass for up to 64 tags: from the middle outwards by posterior kernels P(tag there | tag here), whose columns
+// sum to one whatever the scale of the messages. No product of left and right messages, which would underflow together.
 #include "crf_parts.cuh"
 
 namespace fastnlp::cuda {
 namespace {
 
-// Blocks, and with them partial sums of dT, are bounded by shape alone, so that sums are added in the same order anywhere.
+// Blocks, and with them partial sums of dT, are bounded by shape alone, so that sums are added in the same order
+// anywhere.
 constexpr int64_t kMaxBlocks = 1024;
 
 template <typename C, int K, bool kTransitions>
@@ -31,7 +32,8 @@ __device__ C dot(const C* vector, const C (&edges)[K]) {
 }
 
 // A block takes segments in turn; its two teams walk from the middle to the left and to the right. A thread holds tag
-// `own`: at the step where the chain stands while it sums over `other` tags of the next one, and of the next one after it.
+// `own`: at the step where the chain stands while it sums over `other` tags of the next one, and of the next one after
+// it.
 template <typename C, int K, bool kTransitions>
 __global__ void __launch_bounds__(2 * Chain<C, K>::team, 1)
     crf_smooth_kernel(CrfProblem problem, CrfSequences sequences, CrfBackward call, int64_t chunks, C* partials) {
@@ -279,7 +281,8 @@ cudaError_t smooth(const CrfProblem& problem, const CrfSequences& sequences, con
   FASTNLP_RETURN_IF_ERROR(with_size<C>(problem.tags, [&](auto size) {
     constexpr int K = decltype(size)::value;
     const auto kernel = call.dtransitions ? crf_smooth_kernel<C, K, true> : crf_smooth_kernel<C, K, false>;
-    return launch(kernel, dim3(unsigned(blocks)), 2 * Chain<C, K>::team, stream, problem, sequences, call, chunks, partials);
+    return launch(kernel, dim3(unsigned(blocks)), 2 * Chain<C, K>::team, stream, problem, sequences, call, chunks,
+                  partials);
   }));
   return crf_sum_partials<C>(partials, 2 * blocks, partial_width(problem, call) - 2 * problem.tags, problem.tags,
                              static_cast<C*>(call.dtransitions), static_cast<C*>(call.dstart),
@@ -296,7 +299,8 @@ cudaError_t crf_sum_partials(const C* partials, int64_t rows, int64_t matrix, in
                 dtransitions, dstart, dend);
 }
 template cudaError_t crf_sum_partials(const float*, int64_t, int64_t, int64_t, float*, float*, float*, cudaStream_t);
-template cudaError_t crf_sum_partials(const double*, int64_t, int64_t, int64_t, double*, double*, double*, cudaStream_t);
+template cudaError_t crf_sum_partials(const double*, int64_t, int64_t, int64_t, double*, double*, double*,
+                                      cudaStream_t);
 
 int64_t crf_backward_bytes(const CrfProblem& problem, const CrfBackward& call) {
   if (!fits_registers(problem)) return crf_large_backward_bytes(problem, call);
