@@ -1,5 +1,5 @@
 """The CUDA kernels without a GPU: their own source, compiled by g++ and run on the CPU (cuda/emulation.h) against the
-float64 reference, under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer; and nvcc for all architectures."""
+float64 reference, under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer; and nvcc's own word."""
 
 from __future__ import annotations
 
@@ -138,8 +138,20 @@ def all_cases() -> list[Case]:
             cases.append(train(f"BIO std {std} N={N}", 2, 40, N, std=std, transitions=transitions, start=start))
             cases.append(train(f"std {std} N={N}", 2, 40, N, std=std))
         cases.append(train(f"-1e4 everywhere N={N}", 2, 9, N, transitions=torch.full((N, N), -1e4)))
-        cases.append(train(f"one column -inf N={N}", 2, 9, N, transitions=randn(N, N).float().index_fill(1, torch.tensor([1]), -INF)))
-        cases.append(train(f"one row -inf N={N}", 2, 9, N, transitions=randn(N, N).float().index_fill(0, torch.tensor([1]), -INF)))
+        cases.append(
+            train(
+                f"one column -inf N={N}",
+                2,
+                9,
+                N,
+                transitions=randn(N, N).float().index_fill(1, torch.tensor([1]), -INF),
+            )
+        )
+        cases.append(
+            train(
+                f"one row -inf N={N}", 2, 9, N, transitions=randn(N, N).float().index_fill(0, torch.tensor([1]), -INF)
+            )
+        )
         cases.append(train(f"partial labels N={N}", 2, 20, N))
         cases[-1].emissions[torch.rand(2, 20, N, generator=generator) > 0.5] = -INF
         cases.append(train(f"a dominating tag is killed N={N}", 2, 12, N))
@@ -156,7 +168,9 @@ def all_cases() -> list[Case]:
         cases[-1].tags[1, 3] = N
         cases.append(train(f"NaN N={N}", 3, 7, N))
         cases[-1].emissions[1, 4, 2] = math.nan
-        cases.append(train(f"per position, mask N={N}", 6, 9, N, transitions=randn(6, 8, N, N).float(), mask=mask_of(6, 9)))
+        cases.append(
+            train(f"per position, mask N={N}", 6, 9, N, transitions=randn(6, 8, N, N).float(), mask=mask_of(6, 9))
+        )
         cases.append(poison(cases[-1]))
     cases.append(train("chunks, bad tag", 2, 600, 3, chunked=True))
     cases[-1].tags[1, 300] = -1
@@ -172,7 +186,11 @@ def all_cases() -> list[Case]:
     for op, n in (("viterbi", 1), ("n_best", 4), ("n_best", 20), ("sample", 1), ("entropy", 1)):
         for N, dtype in ((1, F32), (3, F64), (40, F64), (65, F32), (9, BF16)):
             rest = {"tags": None, "grad": None, "n": n, "op": op}
-            for extra in ({}, {"mask": mask_of(6, 11)}, {"transitions": randn(6, 10, N, N).to(F64 if dtype == F64 else F32)}):
+            for extra in (
+                {},
+                {"mask": mask_of(6, 11)},
+                {"transitions": randn(6, 10, N, N).to(F64 if dtype == F64 else F32)},
+            ):
                 case = train(f"{op} {n} N={N}", 6, 11, N, dtype)
                 for key, value in {**rest, **extra}.items():
                     setattr(case, key, value)
@@ -194,7 +212,10 @@ def all_cases() -> list[Case]:
 
 def expected(case: Case, dtype: torch.dtype) -> dict[str, Tensor]:
     """What the reference returns, computed in `dtype`."""
-    scores = [None if x is None else x.to(dtype).requires_grad_() for x in (case.emissions, case.transitions, case.start, case.end)]
+    scores = [
+        None if x is None else x.to(dtype).requires_grad_()
+        for x in (case.emissions, case.transitions, case.start, case.end)
+    ]
     layout = {"mask": case.mask, "cu_seqlens": case.cu_seqlens}
     if case.op == "train":
         if case.tags is None:
@@ -265,15 +286,23 @@ def folder(tmp_path_factory) -> pathlib.Path:
     return tmp_path_factory.mktemp("cuda")
 
 
-def built(folder: pathlib.Path, sanitizer: str, csrc: pathlib.Path = harness.CSRC) -> tuple[pathlib.Path, pathlib.Path]:
-    place = folder / f"{sanitizer}_{csrc.parent.name}"
-    place.mkdir(exist_ok=True)
-    return harness.build(place, sanitizer, csrc), place
+@pytest.fixture(scope="session")
+def programs(folder):
+    """sanitizer -> the emulated driver, built at first use."""
+
+    def get(sanitizer: str) -> tuple[pathlib.Path, pathlib.Path]:
+        place = folder / sanitizer
+        if not place.exists():
+            place.mkdir()
+            harness.build(place, sanitizer)
+        return place / f"crf_{sanitizer}", place
+
+    return get
 
 
-def test_against_reference(folder):
+def test_against_reference(programs):
     cases = all_cases()
-    program, place = built(folder, "plain")
+    program, place = programs("plain")
     results = harness.run(program, cases, place)
     faults = [fault for case, result in zip(cases, results, strict=True) for fault in compare(case, result)]
     assert not faults, "\n".join([f"{len(faults)} faults", *faults])
@@ -285,8 +314,69 @@ def test_against_reference(folder):
 
 
 @pytest.mark.parametrize("sanitizer", ["address", "thread"])
-def test_sanitizer(folder, sanitizer):
-    program, place = built(folder, sanitizer)
+def test_sanitizer(programs, sanitizer):
+    program, place = programs(sanitizer)
     cases = small_cases()
     results = harness.run(program, cases, place)
     assert not [fault for case, result in zip(cases, results, strict=True) for fault in compare(case, result)]
+
+
+# One barrier each: between a step's scores and their readers, and before messages are read in the log domain.
+BARRIERS = {
+    "crf_viterbi.cu": "      scores[k & 1][own] = score;\n      __syncthreads();\n",
+    "crf_smooth.cu": "          shared.logs[own] = here.log;\n          sync_or(false);\n",
+}
+
+
+@pytest.mark.parametrize("source", BARRIERS)
+def test_sanitizer_sees_a_missing_barrier(programs, tmp_path, source):
+    _, place = programs("thread")
+    text = (harness.CSRC / "cuda" / source).read_text()
+    assert text.count(BARRIERS[source]) == 1
+    line = BARRIERS[source].splitlines(keepends=True)[0]
+    (tmp_path / source).write_text(text.replace(BARRIERS[source], line))
+    program = harness.build(place, "thread", instead=tmp_path / source)
+    generator.manual_seed(3)
+    transitions, start = bio(9)
+    cases = [train("killed", 1, 12, 9, std=100, transitions=transitions, start=start)]
+    cases[0].op = "viterbi" if source == "crf_viterbi.cu" else "train"
+    cases[0].tags = None if cases[0].op == "viterbi" else cases[0].tags
+    process = harness.start(program, cases, tmp_path)
+    assert process.returncode
+    assert "ThreadSanitizer: data race" in process.stderr
+
+
+ARCHITECTURES = {"80": "sm_80", "90a": "sm_90a", "100a": "sm_100a", "120a": "sm_120a"}
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
+@pytest.mark.parametrize("source", sorted(path.name for path in (harness.CSRC / "cuda").glob("*.cu")))
+def test_nvcc(tmp_path, source):
+    """Compiles for every architecture of the wheel; no kernel spills, but for a few words of the largest one.
+
+    The backward pass of 64 tags needs 192 registers for its matrices alone, of 255.
+    """
+    targets = [f"-gencode=arch=compute_{a},code={sm}" for a, sm in ARCHITECTURES.items()]
+    command = ["nvcc", "-std=c++17", "-O3", *targets, "-gencode=arch=compute_80,code=compute_80", "--threads=2"]
+    command += [
+        "-Werror=all-warnings",
+        "-Xptxas=-v",
+        "-c",
+        str(harness.CSRC / "cuda" / source),
+        "-o",
+        str(tmp_path / "o"),
+    ]
+    process = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert process.returncode == 0, process.stderr
+    kernels = re.findall(
+        r"Compiling entry function '(\w+)' for '(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores",
+        process.stderr,
+        re.S,
+    )
+    assert kernels
+    spilling = [
+        f"{name} for {sm}: stack {stack}, spills {spills}"
+        for name, sm, stack, spills in kernels
+        if int(stack) > (64 if "crf_smooth_kernelIfLi64E" in name else 0)
+    ]
+    assert not spilling, "\n".join(spilling)

@@ -1,6 +1,7 @@
 // Launchers of the CUDA kernels of the crf family: plain pointers and a stream. C is the compute type (double where the
-// emissions are double, else float). Every launcher returns the first launch error; none synchronises. Workspaces are raw
-// device memory of the size that the function beside the launcher names (0 bytes: null is fine), aligned to 256 bytes.
+// emissions are double, else float). Every launcher returns the first launch error; none synchronises. Workspaces are
+// raw device memory of the size that the function beside the launcher names (0 bytes: null is fine), aligned to 256
+// bytes.
 #pragma once
 #include "../crf.h"
 #ifndef FASTNLP_EMULATION
@@ -36,10 +37,11 @@ struct CrfForward {
   bool left_only = false;
 };
 int64_t crf_forward_bytes(const CrfProblem& problem, const CrfForward& call);
-cudaError_t crf_forward(const CrfProblem& problem, const CrfSequences& sequences, const CrfForward& call, void* workspace,
-                        cudaStream_t stream);
+cudaError_t crf_forward(const CrfProblem& problem, const CrfSequences& sequences, const CrfForward& call,
+                        void* workspace, cudaStream_t stream);
 
-// With counts c (of the gold path, 0 without tags) and marginals p, every gradient is grad * (c - p) with tags, grad * p without.
+// With counts c (of the gold path, 0 without tags) and marginals p, every gradient is grad * (c - p) with tags, grad *
+// p without.
 struct CrfBackward {
   const void* grad = nullptr;      // C [B]
   const void* messages = nullptr;  // as the forward call left them

@@ -37,11 +37,14 @@ struct Emissions {
     first = static_cast<const E*>(problem.emissions) +
             (problem.cu_seqlens ? steps.row * stride : b * problem.emissions_batch_stride);
   }
-  __device__ auto load(const Steps& steps, int k, int tag) const { return upcast(first[steps.position(k) * stride + tag]); }
+  __device__ auto load(const Steps& steps, int k, int tag) const {
+    return upcast(first[steps.position(k) * stride + tag]);
+  }
 };
 
 // A sequence, or one chunk of it: steps first .. end - 1; the chains meet on the edge that enters `middle`. Where the
-// sequence's own start (end) is elsewhere, the message of the step before (the log weight of all that follows) stands in.
+// sequence's own start (end) is elsewhere, the message of the step before (the log weight of all that follows) stands
+// in.
 struct Segment {
   int first, end, middle;
   bool starts, ends;
@@ -66,8 +69,8 @@ inline int64_t chunks_of(const CrfProblem& problem, bool chunked) {
   return chunked ? ceil_div(problem.steps > 0 ? problem.steps : 1, kChunk) : 1;
 }
 
-// Transitions as one chain sees them: `own` is the tag whose column a thread holds, `other` the tag summed over. The left
-// chain sums over `from`, the right chain over `to`; nothing else tells them apart.
+// Transitions as one chain sees them: `own` is the tag whose column a thread holds, `other` the tag summed over. The
+// left chain sums over `from`, the right chain over `to`; nothing else tells them apart.
 template <typename C>
 struct Transitions {
   const C* matrix;
@@ -80,7 +83,9 @@ struct Transitions {
   }
   // `entered`: the position of the later step of the edge.
   __device__ const C* at(int entered) const { return matrix + (entered > 0 ? entered - 1 : 0) * step_stride; }
-  __device__ C operator()(const C* edge, int other, int own) const { return edge[other * other_stride + own * own_stride]; }
+  __device__ C operator()(const C* edge, int other, int own) const {
+    return edge[other * other_stride + own * own_stride];
+  }
 };
 
 // log sum exp over `other` of logs + transitions; -inf where nothing leads here, never NaN for want of a maximum.
@@ -154,11 +159,11 @@ struct ChainShared {
 };
 
 // A left or right chain, walked by a team of 32 threads (64 for K = 64), one tag a thread. The state is kept twice: as
-// p = exp(a) for the next step's sums, and as a, its logarithm, for the guard and for storing; both relative to `offset`.
-// p never passes through the logarithm: p' = s * exp(e + c - shift) * 2^-lift, so a step's critical path is broadcast,
-// K multiply-adds, two products. `shift` (the largest e + c of the step) does not depend on the state, `lift` (the
-// exponent of p two steps ago) lags; any shift is exact as long as p stays below N^2 (it does) and sums below
-// Numbers::tiny are recomputed from the logarithms.
+// p = exp(a) for the next step's sums, and as a, its logarithm, for the guard and for storing; both relative to
+// `offset`. p never passes through the logarithm: p' = s * exp(e + c - shift) * 2^-lift, so a step's critical path is
+// broadcast, K multiply-adds, two products. `shift` (the largest e + c of the step) does not depend on the state,
+// `lift` (the exponent of p two steps ago) lags; any shift is exact as long as p stays below N^2 (it does) and sums
+// below Numbers::tiny are recomputed from the logarithms.
 template <typename C, int K>
 struct Chain {
   static constexpr int warps = K > 32 ? 2 : 1;
@@ -186,7 +191,8 @@ struct Chain {
     column = -INFINITY;
     const C* edge = transitions.at(0);
 #pragma unroll
-    for (int i = 0; i < K; ++i) edges[i] = i < tags && own < tags && !per_position ? transitions(edge, i, own) : -INFINITY;
+    for (int i = 0; i < K; ++i)
+      edges[i] = i < tags && own < tags && !per_position ? transitions(edge, i, own) : -INFINITY;
 #pragma unroll
     for (int i = 0; i < K; ++i) column = edges[i] > column ? edges[i] : column;
     if (per_position && own < tags) column = 0;
@@ -270,7 +276,8 @@ struct Chain {
     offset += moved;
     shift = finite_or_zero(warps > 1 ? max(shared.shift[parity][0], shared.shift[parity][1]) : next_shift);
     const int exponent = Math::exponent(warps > 1 ? max(shared.top[parity][0], shared.top[parity][1]) : top);
-    // top was read before this step's lift took hold, hence the difference; 128 and above: inf or NaN, -127 and below: 0.
+    // top was read before this step's lift took hold, hence the difference; 128 and above: inf or NaN, -127 and below:
+    // 0.
     lift = exponent > 120 || exponent < -120 ? 0 : min(max(exponent - lift, -120), 120);
     if (any) repair(before, lost, e - C(moved), entered);
   }
@@ -306,7 +313,9 @@ __device__ void walk(Chain<C, K>& chain, const CrfProblem& problem, const Steps&
   const Emissions<E> emissions(problem, steps, b);
   const int sign = right ? -1 : 1;
   const bool real = chain.own < chain.tags;
-  const auto fetch = [&](int t) { return real && t < count ? C(emissions.load(steps, origin + sign * t, chain.own)) : C(0); };
+  const auto fetch = [&](int t) {
+    return real && t < count ? C(emissions.load(steps, origin + sign * t, chain.own)) : C(0);
+  };
   C ring[kAhead];
 #pragma unroll
   for (int u = 0; u < kAhead; ++u) ring[u] = fetch(u);

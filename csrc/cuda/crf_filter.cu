@@ -31,11 +31,11 @@ __global__ void __launch_bounds__(32 * kFindWarps)
   if (lane == 0) lengths[b] = found;
 }
 
-// One block per segment: a team of 32 (64) threads walks from each end, they meet in the middle. messages afterwards hold
-// the left messages below the middle, the logarithm of the marginals at it, and the right messages beyond: all that the
-// backward pass needs, normalised so that it has no use for log Z.
+// One block per segment: a team of 32 (64) threads walks from each end, they meet in the middle. messages afterwards
+// hold the left messages below the middle, the logarithm of the marginals at it, and the right messages beyond: all
+// that the backward pass needs, normalised so that it has no use for log Z.
 template <typename C, typename E, int K>
-__global__ void __launch_bounds__(2 * Chain<C, K>::team)
+__global__ void __launch_bounds__(2 * Chain<C, K>::team, 1)
     crf_filter_kernel(CrfProblem problem, CrfSequences sequences, CrfForward call, int64_t chunks) {
   constexpr int team = Chain<C, K>::team;
   __shared__ ChainShared<C, K> shared[2];
@@ -121,7 +121,8 @@ cudaError_t crf_find_sequences(const CrfProblem& problem, void* workspace, CrfSe
 bool crf_chunked(const CrfProblem& problem) {
   const int64_t batch = problem.batch > 0 ? problem.batch : 1;
   const int64_t steps = rows_of(problem) / batch;
-  return !problem.transitions_per_position && problem.tags <= 32 && batch * problem.tags <= 256 && steps >= 2048;
+  const bool one_warp = problem.tags <= 32 && fits_registers(problem);
+  return one_warp && !problem.transitions_per_position && batch * problem.tags <= 256 && steps >= 2048;
 }
 
 int64_t crf_forward_bytes(const CrfProblem& problem, const CrfForward& call) {
@@ -129,8 +130,8 @@ int64_t crf_forward_bytes(const CrfProblem& problem, const CrfForward& call) {
   return call.chunked ? crf_scan_bytes(problem) : 0;
 }
 
-cudaError_t crf_forward(const CrfProblem& problem, const CrfSequences& sequences, const CrfForward& call, void* workspace,
-                        cudaStream_t stream) {
+cudaError_t crf_forward(const CrfProblem& problem, const CrfSequences& sequences, const CrfForward& call,
+                        void* workspace, cudaStream_t stream) {
   if (problem.batch == 0) return cudaSuccess;
   if (!fits_registers(problem)) return crf_large_forward(problem, sequences, call, workspace, stream);
   CrfForward filter = call;

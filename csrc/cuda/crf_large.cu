@@ -184,7 +184,8 @@ __global__ void __launch_bounds__(kLargeThreads)
     const int own = own_tag(c);
     values[c] = -INFINITY;
     if (own >= N) continue;
-    values[c] = middle == 0 ? (start ? start[own] : C(0)) : exact_column(transitions, edge, ends + 2 * b * N, 1, own, N);
+    values[c] =
+        middle == 0 ? (start ? start[own] : C(0)) : exact_column(transitions, edge, ends + 2 * b * N, 1, own, N);
     values[c] += ends[(2 * b + 1) * N + own];
     top[0] = max(top[0], float(values[c]));
   }

@@ -1,5 +1,5 @@
-// Tags beyond the register kernels, up to 1024: a block walks one chain of several sequences, so that each transition it
-// reads from L2 serves all of them (four floats or two doubles: one 128-bit access to shared memory per tag).
+// Tags beyond the register kernels, up to 1024: a block walks one chain of several sequences, so that each transition
+// it reads from L2 serves all of them (four floats or two doubles: one 128-bit access to shared memory per tag).
 #pragma once
 #include "crf_parts.cuh"
 

@@ -1,5 +1,5 @@
-// Backward pass for up to 1024 tags: the walk of crf_smooth.cu for a group of sequences, which leaves the weights w of its
-// posterior kernels; dT is then one product of messages and weights over all rows.
+// Backward pass for up to 1024 tags: the walk of crf_smooth.cu for a group of sequences, which leaves the weights w of
+// its posterior kernels; dT is then one product of messages and weights over all rows.
 #include "crf_large.cuh"
 
 namespace fastnlp::cuda {
@@ -12,8 +12,8 @@ constexpr C kSafeLogWeight = sizeof(C) == 4 ? C(55.2) : C(460);
 // weights [R, N] (or null): log w of the step's own tags, in the row of the step that the chain goes to.
 template <typename C, int kColumns>
 __global__ void __launch_bounds__(kLargeThreads)
-    crf_large_smooth_kernel(CrfProblem problem, CrfSequences sequences, CrfBackward call, LargeEdges<C> edges, C* weights,
-                            C* partials) {
+    crf_large_smooth_kernel(CrfProblem problem, CrfSequences sequences, CrfBackward call, LargeEdges<C> edges,
+                            C* weights, C* partials) {
   constexpr int G = kGroup<C>;
   __shared__ Pack<C> p[kMaxTags];  // then log w - column of the columns that go the exact way
   __shared__ Pack<C> w[kMaxTags];
@@ -43,7 +43,9 @@ __global__ void __launch_bounds__(kLargeThreads)
     for (int c = 0; c < kColumns; ++c) {
       const int own = own_tag(c);
       if (own >= N) continue;
-      const C value = !alive[g] ? C(0) : call.tags ? grad * ((tag == own ? C(1) : C(0)) - gamma[c][g]) : grad * gamma[c][g];
+      const C value = !alive[g]   ? C(0)
+                      : call.tags ? grad * ((tag == own ? C(1) : C(0)) - gamma[c][g])
+                                  : grad * gamma[c][g];
       store(call.demissions, problem.emissions_dtype, (steps.row + steps.position(k)) * N + own, value);
       if (k == 0) dstart[c] += value;
       if (k == steps.length - 1) dend[c] += value;

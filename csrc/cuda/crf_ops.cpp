@@ -2,6 +2,9 @@
 // Nothing here waits for the device or reads from it.
 #include "crf.h"
 
+#ifndef USE_CUDA
+#define USE_CUDA  // torch's header declares the function for the current stream only then
+#endif
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
@@ -144,8 +147,8 @@ std::tuple<Tensor, Tensor> crf_viterbi_n_best(const Tensor& emissions, const Ten
   check(n_best >= 1, "n_best must be at least 1, got ", n_best);
   Run run(emissions, transitions, start, end, mask, cu_seqlens);
   const CrfProblem& p = run.call.problem;
-  check(n_best <= cuda::kMaxBestCells / p.tags, "n_best on CUDA may be at most ", cuda::kMaxBestCells / p.tags, " with ",
-        p.tags, " tags, got ", n_best);
+  check(n_best <= cuda::kMaxBestCells / p.tags, "n_best on CUDA may be at most ", cuda::kMaxBestCells / p.tags,
+        " with ", p.tags, " tags, got ", n_best);
   Tensor paths = run.call.packed ? new_tensor(emissions, {n_best, run.call.rows}, ScalarType::Long)
                                  : new_tensor(emissions, {p.batch, n_best, p.steps}, ScalarType::Long);
   Tensor scores = new_tensor(emissions, {p.batch, n_best}, run.call.compute);
@@ -165,7 +168,8 @@ Tensor crf_sample(const Tensor& emissions, const Tensor& transitions, const Opti
     check_dense(uniforms, "uniforms", {samples, run.call.rows}, ScalarType::Float, emissions);
   else
     check_dense(uniforms, "uniforms", {samples, p.batch, p.steps}, ScalarType::Float, emissions);
-  check(samples * p.batch < INT32_MAX, "uniforms on CUDA must ask for fewer than 2^31 - 1 paths, got ", samples * p.batch);
+  check(samples * p.batch < INT32_MAX, "uniforms on CUDA must ask for fewer than 2^31 - 1 paths, got ",
+        samples * p.batch);
   Tensor paths = run.call.packed ? new_tensor(emissions, {samples, run.call.rows}, ScalarType::Long)
                                  : new_tensor(emissions, {samples, p.batch, p.steps}, ScalarType::Long);
   const Tensor messages = run.left_messages();

@@ -1,4 +1,5 @@
-// What the launchers of the crf kernels share: workspace, dispatch on types and sizes, and the parts that other files hold.
+// What the launchers of the crf kernels share: workspace, dispatch on types and sizes, and the parts that other files
+// hold.
 #pragma once
 #include "crf_chain.cuh"
 
@@ -39,9 +40,10 @@ struct Size {
   static constexpr int value = K;
 };
 
-// Tags that the register kernels hold; a column of 64 doubles and its gradient would not fit in 255 registers.
+// Tags that the register kernels hold: the backward one keeps a column, a row and a gradient of the matrix in each
+// thread, 192 of 255 registers for 64 floats; 32 doubles would spill.
 inline bool fits_registers(const CrfProblem& problem) {
-  return problem.tags <= (problem.emissions_dtype == DType::f64 ? 32 : 64);
+  return problem.tags <= (problem.emissions_dtype == DType::f64 ? 16 : 64);
 }
 
 // f(Size<K>) with the smallest K that holds the tags
@@ -49,20 +51,22 @@ template <typename C, typename F>
 cudaError_t with_size(int64_t tags, F f) {
   if (tags <= 8) return f(Size<8>{});
   if (tags <= 16) return f(Size<16>{});
-  if (tags <= 32) return f(Size<32>{});
   if constexpr (sizeof(C) == 4) {
+    if (tags <= 32) return f(Size<32>{});
     if (tags <= 64) return f(Size<64>{});
   }
   return cudaErrorInvalidValue;
 }
 
-#define FASTNLP_RETURN_IF_ERROR(call)          \
-  do {                                         \
-    const cudaError_t error = (call);          \
-    if (error != cudaSuccess) return error;    \
+#define FASTNLP_RETURN_IF_ERROR(call)       \
+  do {                                      \
+    const cudaError_t error = (call);       \
+    if (error != cudaSuccess) return error; \
   } while (0)
 
-__device__ inline void store(void* out, DType dtype, int64_t at, double value) { static_cast<double*>(out)[at] = value; }
+__device__ inline void store(void* out, DType dtype, int64_t at, double value) {
+  static_cast<double*>(out)[at] = value;
+}
 __device__ inline void store(void* out, DType dtype, int64_t at, float value) {
   if (dtype == DType::f32)
     static_cast<float*>(out)[at] = value;
@@ -85,7 +89,8 @@ int64_t crf_large_backward_bytes(const CrfProblem& problem, const CrfBackward& c
 cudaError_t crf_large_backward(const CrfProblem& problem, const CrfSequences& sequences, const CrfBackward& call,
                                void* workspace, cudaStream_t stream);
 
-// crf_smooth.cu: sums of partials [rows, matrix + 2 tags] over the rows, in a fixed order, to dT [matrix], dstart and dend.
+// crf_smooth.cu: sums of partials [rows, matrix + 2 tags] over the rows, in a fixed order, to dT [matrix], dstart and
+// dend.
 template <typename C>
 cudaError_t crf_sum_partials(const C* partials, int64_t rows, int64_t matrix, int64_t tags, C* dtransitions, C* dstart,
                              C* dend, cudaStream_t stream);

@@ -7,9 +7,9 @@ namespace {
 
 constexpr int kTransferWarps = 4;
 
-// One warp per (sequence, chunk, tag before the chunk): row `before` of the chunk's log transfer matrix, which runs from
-// the step before the chunk to the chunk's last step. A row is exp(scale) times what is stored. The first chunk has no
-// step before it: its row 0 is the message of its last step.
+// One warp per (sequence, chunk, tag before the chunk): row `before` of the chunk's log transfer matrix, which runs
+// from the step before the chunk to the chunk's last step. A row is exp(scale) times what is stored. The first chunk
+// has no step before it: its row 0 is the message of its last step.
 template <typename C, typename E, int K>
 __global__ void __launch_bounds__(32 * kTransferWarps)
     crf_transfer_kernel(CrfProblem problem, CrfSequences sequences, int64_t chunks, C* transfer, double* scales) {
@@ -59,8 +59,8 @@ __device__ C log_dot(const C* v, const C (&m)[32]) {
   return top + log(sum);
 }
 
-// One block per sequence: warp 0 carries the left message over the chunks, warp 1 the right one. The next chunk's matrix
-// is fetched while this one is used.
+// One block per sequence: warp 0 carries the left message over the chunks, warp 1 the right one. The next chunk's
+// matrix is fetched while this one is used.
 template <typename C>
 __global__ void __launch_bounds__(64)
     crf_boundary_kernel(CrfProblem problem, CrfSequences sequences, int64_t chunks, const C* transfer,
@@ -100,7 +100,8 @@ __global__ void __launch_bounds__(64)
     const int64_t c = right ? used - t : t;
 #pragma unroll
     for (int i = 0; i < 32; ++i)
-      coming[i] = t < used && i < N && own < N ? transfer[(c * N + (right ? own : i)) * N + (right ? i : own)] : -INFINITY;
+      coming[i] =
+          t < used && i < N && own < N ? transfer[(c * N + (right ? own : i)) * N + (right ? i : own)] : -INFINITY;
     coming_scale = t < used && own < N ? scales[c * N + own] : 0;
   };
   fetch(1);

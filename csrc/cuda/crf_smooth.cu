@@ -1,11 +1,12 @@
-// Backward pass for up to 64 tags: from the middle outwards by posterior kernels P(tag there | tag here), whose columns sum
-// to one whatever the scale of the messages. No product of left and right messages, which would underflow together.
+// Backward pass for up to 64 tags: from the middle outwards by posterior kernels P(tag there | tag here), whose columns
+// sum to one whatever the scale of the messages. No product of left and right messages, which would underflow together.
 #include "crf_parts.cuh"
 
 namespace fastnlp::cuda {
 namespace {
 
-// Blocks, and with them partial sums of dT, are bounded by shape alone, so that sums are added in the same order anywhere.
+// Blocks, and with them partial sums of dT, are bounded by shape alone, so that sums are added in the same order
+// anywhere.
 constexpr int64_t kMaxBlocks = 1024;
 
 template <typename C, int K, bool kTransitions>
@@ -14,7 +15,7 @@ struct SmoothShared {
   alignas(16) C p[4][width];                     // three are alive: read by dT, read by the sums, being written
   alignas(16) C w[2][width];
   C logs[width], slow[width], slow_log[width];
-  C sums[2];
+  C sums[2], dstart[width], dend[width];
   C extra[kTransitions ? K * K : 1];  // [other, own]: gold counts, and pairs whose column went the exact way
 };
 
@@ -31,12 +32,13 @@ __device__ C dot(const C* vector, const C (&edges)[K]) {
 }
 
 // A block takes segments in turn; its two teams walk from the middle to the left and to the right. A thread holds tag
-// `own`: at the step where the chain stands while it sums over `other` tags of the next one, and of the next one after it.
+// `own`: at the step where the chain stands while it sums over `other` tags of the next one, and of the next one after
+// it.
 template <typename C, int K, bool kTransitions>
-__global__ void __launch_bounds__(2 * Chain<C, K>::team)
+__global__ void __launch_bounds__(2 * Chain<C, K>::team, 1)
     crf_smooth_kernel(CrfProblem problem, CrfSequences sequences, CrfBackward call, int64_t chunks, C* partials) {
   constexpr int team = Chain<C, K>::team;
-  constexpr int kAhead = 4;
+  constexpr int kAhead = K * sizeof(C) > 64 ? 2 : 4;  // each copy of the body costs registers; more would spill
   __shared__ SmoothShared<C, K, kTransitions> both[2];
   const bool right = threadIdx.x >= team;
   const int own = threadIdx.x % team;
@@ -80,14 +82,13 @@ __global__ void __launch_bounds__(2 * Chain<C, K>::team)
       if (own < K) shared.extra[i * K + own] = 0;
     }
   }
-  C dstart = 0, dend = 0;
+  shared.dstart[own] = shared.dend[own] = 0;
 
   for (int64_t index = blockIdx.x; index < problem.batch * chunks; index += gridDim.x) {
     const int64_t b = index / chunks;
     const Steps steps(problem, sequences, b);
     const Segment segment(problem, steps, index % chunks, chunks > 1);
     if (segment.first >= segment.end) continue;
-    const Transitions<C> transitions(problem, b, right);
     const C grad = static_cast<const C*>(call.grad)[b];
     const C of_count = call.tags ? grad : C(0);
     const C of_marginal = call.tags ? -grad : grad;
@@ -117,8 +118,8 @@ __global__ void __launch_bounds__(2 * Chain<C, K>::team)
       if (!real) return;
       const C value = alive ? of_marginal * gamma + (tag == own ? of_count : C(0)) : C(0);
       store(call.demissions, problem.emissions_dtype, (steps.row + position) * N + own, value);
-      if (k == 0) dstart += value;
-      if (k == steps.length - 1) dend += value;
+      if (k == 0) shared.dstart[own] += value;
+      if (k == steps.length - 1) shared.dend[own] += value;
     };
 
     int tag = -1;
@@ -171,6 +172,7 @@ __global__ void __launch_bounds__(2 * Chain<C, K>::team)
         }
         if (any) {
           const int entered = right ? here.position : position;
+          const Transitions<C> transitions(problem, b, right);  // made here to keep registers free elsewhere
           const C* edge = transitions.at(entered);
           shared.logs[own] = here.log;
           sync_or(false);
@@ -227,8 +229,8 @@ __global__ void __launch_bounds__(2 * Chain<C, K>::team)
         if (i < N) partials[right ? own * N + i : i * N + own] = pairs[i] * into[i] + shared.extra[i * K + own];
     }
   }
-  partials[matrix + own] = dstart;
-  partials[matrix + N + own] = dend;
+  partials[matrix + own] = shared.dstart[own];
+  partials[matrix + N + own] = shared.dend[own];
 }
 
 constexpr int kSumColumns = 32;
@@ -279,7 +281,8 @@ cudaError_t smooth(const CrfProblem& problem, const CrfSequences& sequences, con
   FASTNLP_RETURN_IF_ERROR(with_size<C>(problem.tags, [&](auto size) {
     constexpr int K = decltype(size)::value;
     const auto kernel = call.dtransitions ? crf_smooth_kernel<C, K, true> : crf_smooth_kernel<C, K, false>;
-    return launch(kernel, dim3(unsigned(blocks)), 2 * Chain<C, K>::team, stream, problem, sequences, call, chunks, partials);
+    return launch(kernel, dim3(unsigned(blocks)), 2 * Chain<C, K>::team, stream, problem, sequences, call, chunks,
+                  partials);
   }));
   return crf_sum_partials<C>(partials, 2 * blocks, partial_width(problem, call) - 2 * problem.tags, problem.tags,
                              static_cast<C*>(call.dtransitions), static_cast<C*>(call.dstart),
@@ -296,7 +299,8 @@ cudaError_t crf_sum_partials(const C* partials, int64_t rows, int64_t matrix, in
                 dtransitions, dstart, dend);
 }
 template cudaError_t crf_sum_partials(const float*, int64_t, int64_t, int64_t, float*, float*, float*, cudaStream_t);
-template cudaError_t crf_sum_partials(const double*, int64_t, int64_t, int64_t, double*, double*, double*, cudaStream_t);
+template cudaError_t crf_sum_partials(const double*, int64_t, int64_t, int64_t, double*, double*, double*,
+                                      cudaStream_t);
 
 int64_t crf_backward_bytes(const CrfProblem& problem, const CrfBackward& call) {
   if (!fits_registers(problem)) return crf_large_backward_bytes(problem, call);

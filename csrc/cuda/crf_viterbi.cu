@@ -1,11 +1,12 @@
-// Best paths. Candidates are compared as (score + transition) + emission, in that order of rounding, and the lowest index
-// wins a tie: a strict comparison, and parts of the tags that are merged in order.
+// Best paths. Candidates are compared as (score + transition) + emission, in that order of rounding, and the lowest
+// index wins a tie: a strict comparison, and parts of the tags that are merged in order.
 #include "crf_parts.cuh"
 
 namespace fastnlp::cuda {
 namespace {
 
-constexpr int kTraceSteps = 64;  // back-pointers are read in tiles: following them in global memory costs a latency a step
+constexpr int kTraceSteps =
+    64;  // back-pointers are read in tiles: following them in global memory costs a latency a step
 
 template <typename C, typename E, int K>
 __global__ void __launch_bounds__(K > 32 ? 64 : 32)
@@ -126,8 +127,8 @@ constexpr int kLargeThreads = 256;
 
 template <typename C, typename E>
 __global__ void __launch_bounds__(kLargeThreads)
-    crf_viterbi_large_kernel(CrfProblem problem, CrfSequences sequences, uint16_t* pointers /* [R, N] */, int64_t* paths,
-                             C* best_scores) {
+    crf_viterbi_large_kernel(CrfProblem problem, CrfSequences sequences, uint16_t* pointers /* [R, N] */,
+                             int64_t* paths, C* best_scores) {
   __shared__ C scores[2][kMaxTags];
   const int64_t b = blockIdx.x;
   const Steps steps(problem, sequences, b);
@@ -183,8 +184,8 @@ __global__ void __launch_bounds__(kLargeThreads)
   }
 }
 
-// The n best scores of every tag, kept sorted in shared memory: cell tag * n + rank. Candidates come in the order of cells,
-// and an equal one goes behind, so that ties keep that order.
+// The n best scores of every tag, kept sorted in shared memory: cell tag * n + rank. Candidates come in the order of
+// cells, and an equal one goes behind, so that ties keep that order.
 constexpr int kBestThreads = 128;
 
 template <typename C, typename E>
@@ -228,7 +229,8 @@ __global__ void __launch_bounds__(kBestThreads)
       int kept = 0;
       for (int i = 0; i < N; ++i) {
         const C move = transitions(edge, i, own);
-        for (int r = 0; r < n; ++r) insert(now + own * n, origins + own * n, kept, (before[i * n + r] + move) + e, i * n + r);
+        for (int r = 0; r < n; ++r)
+          insert(now + own * n, origins + own * n, kept, (before[i * n + r] + move) + e, i * n + r);
       }
       for (int r = 0; r < n; ++r) pointers[int64_t(k) * cells + own * n + r] = origins[own * n + r];
     }

@@ -1,5 +1,6 @@
-// What every CUDA kernel here builds on: launching, warp exchange and the scalar traits of a compute type. The same text
-// is compiled by g++ for the tests (tests/cuda/emulation.h), which is why launches and named barriers have one home.
+// What every CUDA kernel here builds on: launching, warp exchange and the scalar traits of a compute type. The same
+// text is compiled by g++ for the tests (tests/cuda/emulation.h), which is why launches and named barriers have one
+// home.
 #pragma once
 #include <cstdint>
 
@@ -19,11 +20,10 @@ cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, int threads, cudaSt
 // Barrier `id` (1 to 15; 0 is __syncthreads) over `threads` threads of the block; returns whether any brought true.
 __device__ inline bool named_barrier_or(int id, int threads, bool value) {
   int any;
-  asm volatile(
-      "{ .reg .pred p, q; setp.ne.s32 p, %1, 0; barrier.cta.red.or.pred q, %2, %3, p; selp.s32 %0, 1, 0, q; }"
-      : "=r"(any)
-      : "r"(int(value)), "r"(id), "r"(threads)
-      : "memory");
+  asm volatile("{ .reg .pred p, q; setp.ne.s32 p, %1, 0; barrier.cta.red.or.pred q, %2, %3, p; selp.s32 %0, 1, 0, q; }"
+               : "=r"(any)
+               : "r"(int(value)), "r"(id), "r"(threads)
+               : "memory");
   return any != 0;
 }
 
@@ -34,8 +34,8 @@ namespace fastnlp {
 
 constexpr unsigned kFullWarp = 0xffffffffu;
 
-// tiny: a column sum below it may have lost terms to underflow (sums are taken of p * E with E <= 1 and p <= N^2), so it
-// is recomputed in the log domain: 64^3 * 1.2e-38 / 1e-24 = 3e-9 is the largest share that can be missing above it.
+// tiny: a column sum below it may have lost terms to underflow (sums are taken of p * E with E <= 1 and p <= N^2), so
+// it is recomputed in the log domain: 64^3 * 1.2e-38 / 1e-24 = 3e-9 is the largest share that can be missing above it.
 template <typename C>
 struct Numbers;
 

@@ -1,6 +1,6 @@
-// Runs crf launchers on cases from a file and writes what they return: the emulated twin of csrc/cuda/crf_ops.cpp. Every
-// array is an allocation of its exact size, so that AddressSanitizer sees any step beside it; outputs and workspaces start
-// as 0xff (NaN).
+// Runs crf launchers on cases from a file and writes what they return: the emulated twin of csrc/cuda/crf_ops.cpp.
+// Every array is an allocation of its exact size, so that AddressSanitizer sees any step beside it; outputs and
+// workspaces start as 0xff (NaN).
 #include <vector>
 
 #include "cuda/crf.h"
@@ -50,7 +50,8 @@ void run_case(const int64_t* header) {
   p.transitions_per_position = header[9];
   const int64_t matrices = p.transitions_per_position ? B * (T > 0 ? T - 1 : 0) : 1;
 
-  Memory emissions(R * N * E), transitions(matrices * N * N * C), start(N * C), end(N * C), mask(B * T), cu((B + 1) * 8);
+  Memory emissions(R * N * E), transitions(matrices * N * N * C), start(N * C), end(N * C), mask(B * T),
+      cu((B + 1) * 8);
   Memory tags(R * 8), grad(B * C), uniforms(n * R * 4);
   read(emissions.data, R * N * E);
   read(transitions.data, matrices * N * N * C);
@@ -113,7 +114,8 @@ void run_case(const int64_t* header) {
     write(value, B * C);
   } else if (op == kBest) {
     Memory paths(n * R * 8), scores(B * n * C), workspace(crf_viterbi_n_best_bytes(p, n));
-    must(crf_viterbi_n_best(p, sequences, n, reinterpret_cast<int64_t*>(paths.data), scores.data, workspace.data, nullptr));
+    must(crf_viterbi_n_best(p, sequences, n, reinterpret_cast<int64_t*>(paths.data), scores.data, workspace.data,
+                            nullptr));
     write(paths, n * R * 8);
     write(scores, B * n * C);
   } else {

@@ -1,7 +1,7 @@
-// Runs the CUDA sources on the CPU: force-include this file (g++ -include) and compile the .cu as C++. Blocks run in turn;
-// every CUDA thread is a fiber, so a run is deterministic and a divergent barrier is an error, not a hang. Under
-// ThreadSanitizer each fiber counts as a thread of its own and only what CUDA orders is ordered: barriers and __syncwarp
-// publish memory, shuffles and votes do not.
+// Runs the CUDA sources on the CPU: force-include this file (g++ -include) and compile the .cu as C++. Blocks run in
+// turn; every CUDA thread is a fiber, so a run is deterministic and a divergent barrier is an error, not a hang. Under
+// ThreadSanitizer each fiber counts as a thread of its own and only what CUDA orders is ordered: barriers and
+// __syncwarp publish memory, shuffles and votes do not.
 #pragma once
 #define FASTNLP_EMULATION 1
 #include <math.h>
@@ -85,8 +85,8 @@ struct Machine {
 };
 inline Machine machine;
 
-// Saves the callee's registers on this stack and continues on another. (x86-64 only. swapcontext would be portable, but it
-// calls the kernel for the signal mask, and a walk over a few hundred steps switches millions of times.)
+// Saves the callee's registers on this stack and continues on another. (x86-64 only. swapcontext would be portable, but
+// it calls the kernel for the signal mask, and a walk over a few hundred steps switches millions of times.)
 extern "C" void emulation_jump(void** from, void* to);
 asm(R"(
   .weak emulation_jump
@@ -115,7 +115,8 @@ UNSEEN inline void switch_to(Fiber* from, Fiber* to) {
 #endif
 #if defined(__SANITIZE_ADDRESS__)
   void** save = from ? (from->done ? nullptr : &from->fake_stack) : &machine.main_fake_stack;
-  __sanitizer_start_switch_fiber(save, to ? to->stack : machine.main_stack, to ? kStackBytes : machine.main_stack_bytes);
+  __sanitizer_start_switch_fiber(save, to ? to->stack : machine.main_stack,
+                                 to ? kStackBytes : machine.main_stack_bytes);
 #endif
   emulation_jump(from ? &from->saved : &machine.main_saved, to ? to->saved : machine.main_saved);
 #if defined(__SANITIZE_ADDRESS__)
@@ -206,7 +207,8 @@ UNSEEN inline void run_block(const std::function<void()>& body, int threads) {
   for (int i = 0; i < threads; ++i) {
     Fiber& fiber = machine.fibers[i];
     if (!fiber.stack) {
-      fiber.stack = mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+      fiber.stack =
+          mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
 #if defined(__SANITIZE_THREAD__)
       fiber.shadow = __tsan_create_fiber(0);
 #endif
@@ -286,7 +288,8 @@ T __shfl_xor_sync(unsigned, T value, int mask) {
 template <typename T>
 T __shfl_up_sync(unsigned, T value, int delta) {
   const int lane = emulation::thread() & 31;
-  return emulation::unpack<T>(emulation::read(emulation::exchange(emulation::pack(value)), lane < delta ? lane : lane - delta));
+  return emulation::unpack<T>(
+      emulation::read(emulation::exchange(emulation::pack(value)), lane < delta ? lane : lane - delta));
 }
 inline int __reduce_max_sync(unsigned, int value) {
   const uint64_t* slots = emulation::exchange(emulation::pack(value));

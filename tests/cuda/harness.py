@@ -106,30 +106,39 @@ class Case:
         return {"entropy": per_sequence}
 
 
-def sources(csrc: pathlib.Path = CSRC) -> list[pathlib.Path]:
-    return sorted((csrc / "cuda").glob("crf*.cu"))
+def build(folder: pathlib.Path, sanitizer: str, instead: pathlib.Path | None = None) -> pathlib.Path:
+    """The driver over the kernels, compiled by g++ with one sanitizer into `folder`.
 
-
-def build(folder: pathlib.Path, sanitizer: str, csrc: pathlib.Path = CSRC) -> pathlib.Path:
-    """The driver over the kernels of `csrc`, compiled by g++ with one sanitizer."""
+    `instead`: a source in place of the kernel file of its name; the other objects are those of the last build.
+    """
     tests = ROOT / "tests" / "cuda"
-    flags = ["-std=c++20", "-w", "-ffp-contract=fast", f"-I{csrc}", "-include", str(tests / "emulation.h")]
+    flags = [
+        "-std=c++20",
+        "-w",
+        "-ffp-contract=fast",
+        f"-I{CSRC}",
+        f"-I{CSRC / 'cuda'}",
+        "-include",
+        str(tests / "emulation.h"),
+    ]
     flags += SANITIZERS[sanitizer]
     compiler = shutil.which("g++")
-    jobs = []
-    for source in [*sources(csrc), tests / "crf_driver.cpp"]:
+    objects, running = [], []
+    for source in [*sorted((CSRC / "cuda").glob("crf*.cu")), tests / "crf_driver.cpp"]:
         target = folder / f"{source.stem}.o"
-        jobs.append((target, [compiler, "-x", "c++", *flags, "-c", str(source), "-o", str(target)]))
-    running: list[subprocess.Popen] = []
-    for _, command in jobs:
+        if instead is not None and source.name == instead.name:
+            source, target = instead, instead.with_suffix(".o")
+        objects.append(str(target))
+        if instead is not None and source != instead:
+            continue
         if len(running) == 2:
             finish(running.pop(0))
+        command = [compiler, "-x", "c++", *flags, "-c", str(source), "-o", str(target)]
         running.append(subprocess.Popen(command, stderr=subprocess.PIPE, text=True))
     for process in running:
         finish(process)
-    program = folder / f"crf_{sanitizer}"
-    link = [compiler, *SANITIZERS[sanitizer], *(str(target) for target, _ in jobs), "-o", str(program)]
-    subprocess.run(link, check=True)
+    program = (folder if instead is None else instead.parent) / f"crf_{sanitizer}"
+    subprocess.run([compiler, *SANITIZERS[sanitizer], *objects, "-o", str(program)], check=True)
     return program
 
 
@@ -160,7 +169,9 @@ def run(program: pathlib.Path, cases: list[Case], folder: pathlib.Path) -> list[
         for name, (shape, dtype) in case.outputs().items():
             count = torch.Size(shape).numel()
             bytes_ = count * dtype.itemsize
-            values = torch.frombuffer(data, dtype=dtype, count=count, offset=at) if count else torch.empty(0, dtype=dtype)
+            values = (
+                torch.frombuffer(data, dtype=dtype, count=count, offset=at) if count else torch.empty(0, dtype=dtype)
+            )
             result[name] = values.reshape(shape)
             at += bytes_
         results.append(result)
