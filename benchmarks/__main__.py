@@ -1,4 +1,4 @@
-"""python -m benchmarks: time every family on everything this machine can run; python -m benchmarks gpu: the GPU proof."""
+"""Time every family on all that this machine can run; `python -m benchmarks gpu` is the proof on a CUDA machine."""
 
 import argparse
 import sys
@@ -11,14 +11,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from benchmarks import gpu, plots, report
-from benchmarks.harness import Results, append_rows, facts, families, rows, run_case
+from benchmarks.harness import Results, append_rows, facts, families, family_names, rows, run_case
 from benchmarks.measure import Ceilings
 
 RESULTS = Path(__file__).parent / "results"
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    names = [path.stem.removeprefix("bench_") for path in sorted(Path(__file__).parent.glob("bench_*.py"))]
+    names = family_names()
     epilog = "python -m benchmarks gpu --help: tests, sanitizers and benchmarks on a CUDA machine."
     parser = argparse.ArgumentParser("python -m benchmarks", description=__doc__, epilog=epilog)
     parser.add_argument("family", nargs="*", help=f"any of: {', '.join(names)} (default: all)")

@@ -1,7 +1,8 @@
 """Linear-chain CRF: training step, decoding and marginals against the packages people use today.
 
-All providers get the same emissions [B, T, N], tags, parameters and lengths, batch first, through their public module. Ragged
-cases have right padding, which every peer understands; ours gets the int64 mask that tokenizers give, the peers a bool one.
+All providers get the same emissions [B, T, N], tags, parameters and lengths, batch first, through their public module.
+Ragged cases have right padding, which every peer understands; ours gets the int64 mask that tokenizers give, the peers
+a bool one.
 """
 
 import math
@@ -113,11 +114,13 @@ def module_work(
 
 
 def ours(case: Case, inputs: Inputs) -> Work:
+    def decoded(found: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+        return path_outputs(inputs, found[0])
+
     crf, mask = fastnlp_ops.CRF(case.shape[-1], batch_first=True).to(inputs.emissions.device), inputs.int_mask
     work = module_work(case, inputs, crf, ("transitions", "start_transitions", "end_transitions"), mask)
     if case.pass_name == TENSORS:
-        outputs = lambda found: path_outputs(inputs, found[0])  # noqa: E731
-        return inference(crf.viterbi, inputs.emissions, mask, outputs=outputs, graph=True)
+        return inference(crf.viterbi, inputs.emissions, mask, outputs=decoded, graph=True)
     if case.pass_name == MARGINALS:
         return inference(crf.marginals, inputs.emissions, mask, outputs=lambda p: {"marginals": p}, graph=True)
     return work
@@ -138,8 +141,11 @@ def our_reference(case: Case, inputs: Inputs) -> Work:
     leaves = {"dtransitions": inputs.transitions, "dstart": inputs.start, "dend": inputs.end}
     leaves = {name: value.clone().requires_grad_(case.pass_name == TRAIN) for name, value in leaves.items()}
     chain, mask = tuple(leaves.values()), inputs.mask
+
+    def loss() -> Tensor:
+        return reference.crf_log_likelihood(inputs.emissions, inputs.tags, *chain, mask=mask).sum()
+
     if case.pass_name == TRAIN:
-        loss = lambda: reference.crf_log_likelihood(inputs.emissions, inputs.tags, *chain, mask=mask).sum()  # noqa: E731
         return training(loss, inputs, leaves)
     if case.pass_name == MARGINALS:
         call, outputs = reference.crf_marginals, lambda p: {"marginals": p}
@@ -149,8 +155,8 @@ def our_reference(case: Case, inputs: Inputs) -> Work:
 
 
 def torch_struct(case: Case, inputs: Inputs) -> Work:
-    """Its potentials are [B, T-1, to, from], so a step builds them first; the gold score is gathered, which is quicker than its
-    own one-hot log_prob."""
+    """Its potentials are [B, T-1, to, from], so a step builds them first; the gold score is gathered, which is quicker
+    than its own one-hot log_prob."""
     library, on = optional("torch_struct"), inputs.mask
     batch, steps, tags = case.shape
     chain = [value.clone().requires_grad_(case.pass_name == TRAIN) for value in inputs[-3:]]
@@ -253,8 +259,8 @@ def cases(device: str, quick: bool) -> list[Case]:
 def truth(case: Case, inputs: Inputs) -> dict[str, tuple[Tensor, float]]:
     """The reference in float64, a few sequences at a time, because autograd keeps [B, T, N, N] of it.
 
-    Log-likelihoods may differ by 1e-5 of their size. A float32 recursion over log-probabilities rounds by eps * log Z, and the
-    gradients inherit that as a relative error: 4 of those are allowed.
+    Log-likelihoods may differ by 1e-5 of their size. A float32 recursion over log-probabilities rounds by eps * log Z,
+    and the gradients inherit that as a relative error: 4 of those are allowed.
     """
     batch, steps, tags = case.shape
     wide = [value.detach().double() for value in (inputs.emissions, *inputs[-3:])]
@@ -296,10 +302,10 @@ def floor(case: Case, inputs: Inputs, ceilings: Ceilings) -> float:
     """Seconds that the larger of these needs, at the rates measured in the same run:
 
     bytes: emissions read once; int64 tags read and gradients written (training), marginals or int64 paths written;
-    multiply-adds: N^2 per step and pass over the chain; training has 3 passes (forward, backward, transition gradients),
-      marginals 2, decoding 1 (an add and a compare);
-    on CUDA also the chain: T dependent steps of STEP_S (both halves at once, forward and backward), or 3 sqrt(T) where a
-      scan over chunks is worth its N-fold work. STEP_S is counted from instruction latencies, not measured.
+    multiply-adds: N^2 per step and pass over the chain; training has 3 passes (forward, backward, transition
+      gradients), marginals 2, decoding 1 (an add and a compare);
+    on CUDA also the chain: T dependent steps of STEP_S (both halves at once, forward and backward), or 3 sqrt(T) where
+      a scan over chunks is worth its N-fold work. STEP_S is counted from instruction latencies, not measured.
     """
     batch, steps, tags = case.shape
     tokens = int(inputs.lengths.sum())

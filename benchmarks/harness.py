@@ -2,7 +2,7 @@
 
 A family hangs in by being a file bench_<family>.py here; nothing else knows its name. The file defines:
 
-    PROVIDERS    {name: make}; make(case, inputs) -> Work; None in place of make where a package is not installed. Ours first.
+    PROVIDERS    {name: make}, ours first; make(case, inputs) -> Work, or None in its place where a package is absent
     cases(device, quick) -> list[Case]
     make_inputs(shape, dtype, device, ragged=False) -> whatever its providers share
     truth(case, inputs) -> {output name: (float64 tensor, tolerance)}, the reference in float64
@@ -11,9 +11,9 @@ A family hangs in by being a file bench_<family>.py here; nothing else knows its
     accuracy(device) -> list[Accuracy], printed and never written to the CSV
     exercise(device)  every op once over every kernel class, for compute-sanitizer
 
-How a time is taken. Every provider must first agree with the float64 truth. Then all run interleaved (A B C A B C ...) in one
-process, because machines drift; a quick provider is called several times in its turn, so that turns are comparable. The
-quoted ratio is the median over rounds of (peer's median in that round / ours in that round).
+How a time is taken. Every provider must first agree with the float64 truth. Then all run interleaved (A B C A B C ...)
+in one process, because machines drift; a quick provider is called several times in its turn, so that turns are
+comparable. The quoted ratio is the median over rounds of (peer's median in that round / ours in that round).
 """
 
 import csv
@@ -38,9 +38,8 @@ from torch import Tensor
 from benchmarks.measure import MOST_CALLS, Ceilings, call_cuda, capture, interleave, peak_bytes, saved_bytes
 
 OURS = "fastnlp_ops"
-COLUMNS = "op,provider,pass,shape,dtype,threads,ms_p20,ms_p50,ms_p80,peak_mib,device,torch,triton,commit,date".split(
-    ","
-)
+COLUMNS = ("op", "provider", "pass", "shape", "dtype", "threads", "ms_p20", "ms_p50", "ms_p80", "peak_mib")
+COLUMNS += ("device", "torch", "triton", "commit", "date")
 MIB = 2**20
 
 
@@ -90,8 +89,11 @@ class Outcome:
     absent: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
+    def times(self, provider: str) -> list[float]:
+        return [time for turn in self.rounds[provider] for time in turn]
+
     def median(self, provider: str) -> float:
-        return statistics.median(sum(self.rounds[provider], []))
+        return statistics.median(self.times(provider))
 
     def ratio(self, peer: str) -> float:
         pairs = zip(self.rounds[peer], self.rounds[OURS], strict=True)
@@ -107,9 +109,9 @@ class Results:
 
     def find(self, pass_name: str, label: str, threads: int | None = None) -> Outcome | None:
         for outcome in self.outcomes:
-            if (outcome.case.pass_name, outcome.case.label) == (pass_name, label):
-                if threads in (None, outcome.threads):
-                    return outcome
+            same = (outcome.case.pass_name, outcome.case.label) == (pass_name, label)
+            if same and threads in (None, outcome.threads):
+                return outcome
         return None
 
     def ratio(self, pass_name: str, label: str, peer: str, threads: int | None = None) -> float:
@@ -132,10 +134,14 @@ class Goal(NamedTuple):
         return value >= self.at_least if self.at_least is not None else value <= self.at_most
 
 
+def family_names() -> list[str]:
+    """Every <family> of the bench_<family>.py beside this file."""
+    return sorted(path.stem.removeprefix("bench_") for path in Path(__file__).parent.glob("bench_*.py"))
+
+
 def families() -> dict[str, ModuleType]:
-    """The bench_<family>.py modules beside this file, by family."""
-    files = sorted(Path(__file__).parent.glob("bench_*.py"))
-    return {f.stem.removeprefix("bench_"): importlib.import_module(f"{__package__}.{f.stem}") for f in files}
+    """The bench modules by family; importing them needs a built fastnlp_ops."""
+    return {name: importlib.import_module(f"{__package__}.bench_{name}") for name in family_names()}
 
 
 def optional(module: str) -> ModuleType | None:
@@ -189,8 +195,8 @@ def facts(device: str, commit: str | None = None) -> dict[str, str]:
 def rows(outcome: Outcome, where: dict[str, str]) -> list[dict[str, str]]:
     """CSV rows of one outcome: each provider's times, ours replayed from a graph, saved bytes, and the floor.
 
-    The columns have no place for saved-for-backward bytes: they are rows of their own, pass "<pass>, saved", with the size in
-    peak_mib and no times.
+    The columns have no place for saved-for-backward bytes: they are rows of their own, pass "<pass>, saved", with the
+    size in peak_mib and no times.
     """
     case = outcome.case
     shared = {"op": case.op, "shape": case.label, "dtype": case.dtype, "threads": str(outcome.threads), **where}
@@ -202,8 +208,8 @@ def rows(outcome: Outcome, where: dict[str, str]) -> list[dict[str, str]]:
         return {name: {**shared, "provider": provider, "pass": pass_name, **numbers}.get(name, "") for name in COLUMNS}
 
     found = []
-    for provider, rounds in outcome.rounds.items():
-        found.append(row(provider, case.pass_name, sum(rounds, []), outcome.peak.get(provider)))
+    for provider in outcome.rounds:
+        found.append(row(provider, case.pass_name, outcome.times(provider), outcome.peak.get(provider)))
         if provider in outcome.saved:
             found.append(row(provider, f"{case.pass_name}, saved", (), outcome.saved[provider]))
     if outcome.graph:
@@ -232,7 +238,7 @@ def percentiles(times: Sequence[float]) -> tuple[float, float, float]:
 
 
 def gate(found: dict[str, Tensor], truth: dict[str, tuple[Tensor, float]]) -> str | None:
-    """What is wrong with `found`, or None. The largest difference must stay within tolerance * max(1, largest truth)."""
+    """What is wrong with `found`, or None: no difference may exceed tolerance * max(1, largest truth)."""
     for name, (expected, tolerance) in truth.items():
         if name not in found:
             return f"{name} is missing"

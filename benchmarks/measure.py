@@ -145,8 +145,8 @@ class Ceilings:
         return self.found[key]
 
     def copy_s(self, nbytes: float) -> float:
-        """Seconds to move nbytes (read plus written). On a CPU a copy of about that size is timed, because a small one stays
-        in the caches; on CUDA one of 512 MiB."""
+        """Seconds to move nbytes (read plus written). On a CPU a copy of about that size is timed, because a small one
+        stays in the caches; on CUDA one of 512 MiB."""
         size = 2**28 if self.device == "cuda" else 2 ** min(26, max(14, math.ceil(math.log2(nbytes / 2))))
         source = torch.empty(size, dtype=torch.uint8, device=self.device).fill_(1)
         target = torch.zeros_like(source)

@@ -1,4 +1,4 @@
-"""What bench_crf shows beside times: log Z on hostile inputs against float64, and one call of every op for the sanitizers."""
+"""What bench_crf shows beside times: log Z on hostile inputs against float64, and every op once for the sanitizers."""
 
 import math
 from collections.abc import Iterator
@@ -22,7 +22,7 @@ def bans(tags: int) -> Tensor:
 
 
 def hostile(tags: int, steps: int) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """(name, emissions [B, T, N], transitions [N, N]): scores that lose digits, or everything, in careless recursions."""
+    """(name, emissions [B, T, N], transitions [N, N]): scores that cost careless recursions digits, or everything."""
     generator = torch.Generator().manual_seed(tags)
     forbidden = bans(tags)
 
@@ -43,7 +43,7 @@ def hostile(tags: int, steps: int) -> Iterator[tuple[str, Tensor, Tensor]]:
 
 
 def accuracy(device: str) -> list[Accuracy]:
-    """Largest |log Z - float64| per set, and the allowance (1e-6 relative + 1e-4) of the sequence that is closest to it."""
+    """|log Z - float64| and its allowance (1e-6 relative + 1e-4), per set where the two are closest."""
     functions = {OURS: fastnlp_ops.crf_log_partition, "reference": reference.crf_log_partition}
     worst: dict[tuple[str, str], tuple[float, float]] = {}
     for tags, steps in SHAPES:

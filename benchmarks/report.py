@@ -1,4 +1,4 @@
-"""Say what a run found: one table of times, ratios, memory and floors, one of accuracy, one of goals; for people and as markdown."""
+"""Say what a run found, on the terminal and as markdown: times, ratios, memory and floors; accuracy; goals."""
 
 import math
 import statistics
