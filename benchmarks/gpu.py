@@ -115,6 +115,8 @@ def set_stage(wheel: Path, peers: Path | None) -> tuple[Path, dict[str, str]]:
 def run_part(part: Part, stage: Path, environment: dict[str, str], log: Path, limit_s: float, console: Console) -> dict:
     """Run one part under its limit; everything it prints goes to the log, its last line into the result."""
     started, said, last = time.monotonic(), not part.must_say, ""
+    if part.report:
+        part.report.unlink(missing_ok=True)
     with log.open("a") as file, console.status(part.name) as line_below:
         file.write(f"\n=== {part.name}: {' '.join(part.command)}\n")
         flags = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "errors": "replace"}

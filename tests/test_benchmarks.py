@@ -130,7 +130,7 @@ def test_interleave_takes_turns():
     order = []
     rounds = measure.interleave({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, "cpu", 0.0)
     assert len(rounds["a"]) == len(rounds["b"]) == 3
-    turns = "".join(order[4:])  # behind two calls each to estimate
+    turns = "".join(order[6:])  # behind three calls each to estimate
     assert turns == ("a" * measure.MOST_CALLS + "b" * measure.MOST_CALLS) * 3
 
 
