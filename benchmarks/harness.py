@@ -259,6 +259,7 @@ def run_case(
 ) -> Iterator[Outcome]:
     """Gate, measure the memory of, and time one case on each thread count."""
     inputs = family.make_inputs(case.shape, case.dtype, device, case.ragged)
+    torch.set_num_threads(1)  # a truth is thousands of small calls, and those lose time on more
     truth = family.truth(case, inputs)
     peak, saved = {}, {}
     for count in threads:

@@ -1,4 +1,4 @@
-"""What bench_crf shows beside times: log Z on hostile inputs against float64, and every op once for the sanitizers."""
+"""What bench_crf needs beside times: float64 truth for large shapes, log Z on hostile inputs, every op once."""
 
 import math
 from collections.abc import Iterator
@@ -12,6 +12,38 @@ from fastnlp_ops.reference import crf as reference
 
 SEEDS = 6
 SHAPES = ((9, 128), (33, 512))  # tags, steps
+
+
+def closed_form(
+    emissions: Tensor, tags: Tensor, transitions: Tensor, start: Tensor, end: Tensor, on: Tensor
+) -> tuple[Tensor, ...]:
+    """Summed log-likelihood of right-padded sequences and its four gradients, by forward-backward in the inputs' dtype.
+
+    For shapes where autograd through the reference takes minutes; tests/test_benchmarks.py compares the two.
+    """
+    T = emissions.shape[1]
+    rows, last = torch.arange(len(on), device=on.device), on.sum(1) - 1
+    alpha, beta = torch.empty_like(emissions), torch.empty_like(emissions)  # [B, T, N]
+    alpha[:, 0] = start + emissions[:, 0]
+    for t in range(1, T):
+        step = (alpha[:, t - 1, :, None] + transitions).logsumexp(1) + emissions[:, t]
+        alpha[:, t] = torch.where(on[:, t, None], step, alpha[:, t - 1])
+    log_z = (alpha[:, -1] + end).logsumexp(1)  # [B]
+    beta[:, -1] = end
+    pairs = torch.zeros_like(transitions)
+    for t in range(T - 1, 0, -1):
+        later = transitions + (emissions[:, t] + beta[:, t])[:, None]  # [B, from, to]
+        moves = (alpha[:, t - 1, :, None] + later - log_z[:, None, None]).exp()
+        pairs += (moves * on[:, t, None, None]).sum(0)
+        beta[:, t - 1] = torch.where(on[:, t, None], later.logsumexp(2), beta[:, t])
+    demissions = -(alpha + beta - log_z[:, None, None]).exp() * on[..., None]
+    dstart, dend = demissions[:, 0].sum(0), demissions[rows, last].sum(0)
+    gold = torch.zeros_like(demissions).scatter_(2, tags[..., None], on[..., None].to(demissions))
+    counts = torch.einsum("bti,btj->ij", gold[:, :-1], gold[:, 1:])
+    score = (gold * emissions).sum() + (counts * transitions).sum()
+    score += (gold[:, 0] * start).sum() + (gold[rows, last] * end).sum()
+    dstart, dend = dstart + gold[:, 0].sum(0), dend + gold[rows, last].sum(0)
+    return score - log_z.sum(), demissions + gold, counts - pairs, dstart, dend
 
 
 def bans(tags: int) -> Tensor:

@@ -175,6 +175,18 @@ def test_crf_providers_agree_with_float64(ragged):
                 assert harness.gate(work.outputs(work.run()), truth) is None, (name, pass_name)
 
 
+@pytest.mark.parametrize("ragged", [False, True])
+def test_crf_closed_form_is_the_reference(ragged):
+    crf = pytest.importorskip("benchmarks.bench_crf")
+    case = Case("op", crf.TRAIN, (4, 9, 5), (), ragged=ragged)
+    inputs = crf.make_inputs(case.shape, case.dtype, "cpu", ragged)
+    wide = [value.detach().double() for value in (inputs.emissions, *inputs[-3:])]
+    on = torch.arange(9) < inputs.lengths[:, None]
+    found = crf.closed_form(wide[0], inputs.tags, *wide[1:], on)
+    for value, (expected, _) in zip(found, crf.truth(case, inputs).values(), strict=True):
+        torch.testing.assert_close(value, expected, rtol=1e-10, atol=1e-10)
+
+
 def test_goals():
     goal = Goal("speed", "cpu", lambda results: results.ratio("forward", "4x8", "peer"), at_least=3)
     case = Case("op", "forward", (4, 8), ())
