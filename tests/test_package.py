@@ -201,6 +201,11 @@ def test_libraries_hold_no_python():
         assert b"PyObject" not in library.read_bytes(), library.name
 
 
+def test_every_source_is_built():
+    listed = set(re.findall(r"csrc/[\w/]+\.(?:cpp|cu)\b", (ROOT / "CMakeLists.txt").read_text()))
+    assert listed == {str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/**/*") if path.suffix in {".cpp", ".cu"}}
+
+
 def test_file_lengths():
     suffixes = {".py", ".cpp", ".h", ".cu", ".cuh"}
     lengths = {str(p.relative_to(ROOT)): text(p).count("\n") for p in tracked_files() if p.suffix in suffixes}
