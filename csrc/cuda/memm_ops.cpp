@@ -1,4 +1,5 @@
 // Host side of the MEMM ops on CUDA: device guard, outputs, workspace and one launcher each.
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 
@@ -6,9 +7,6 @@
 
 #include "../memm_call.h"
 #include "memm.h"
-
-// Declared by torch only where it was built with CUDA, which the headers of a CPU build do not know.
-extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
 
 namespace fastnlp {
 namespace {
