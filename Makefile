@@ -48,7 +48,7 @@ pythons:
 
 wheel: $(ENVIRONMENT)  ## one wheel for Python 3.10 to 3.13, CPU and CUDA (where nvcc is found), into dist/
 	rm -rf build/lib* build/wheel dist
-	CMAKE_ARGS="$$CMAKE_ARGS -DFASTNLP_PYTHONS=$$($(FIND_PYTHONS))" \
+	CMAKE_ARGS="-DFASTNLP_CUDA=ON $$CMAKE_ARGS -DFASTNLP_PYTHONS=$$($(FIND_PYTHONS))" \
 	  $(BIN)/pip wheel -q --no-build-isolation --no-deps --wheel-dir build/wheel .
 	PATH="$(abspath $(BIN)):$$PATH" auditwheel repair --exclude libtorch_cpu.so --exclude libtorch_cuda.so \
 	  --wheel-dir dist build/wheel/*.whl

@@ -41,29 +41,36 @@ __device__ inline int64_t valid_behind(const bool* mask, int64_t t, int64_t step
   return -1;
 }
 
-// Scores of a row: (e_j + given_j) / 2, or e_j where no tag is given.
+// Scores of a row: (e_j + given_j) / 2, or e_j where no tag is given (`given` points somewhere all the same: a select
+// is cheaper than a branch). Loops run over whole warps, so that their ends need no reconvergence; unrolled they would
+// spill registers for trips that up to 32 tags never make.
 template <typename C, typename E>
 struct Row {
   const E* e;
   const C* given;
   int64_t stride;
+  bool has_given;
   int tags;
   int lane;
 
   __device__ C score(int64_t j) const {
-    const C own = C(upcast(e[j]));
-    return given ? (own + given[j * stride]) * C(0.5) : own;
+    const C own = C(upcast(e[j])), mean = (own + given[j * stride]) * C(0.5);
+    return has_given ? mean : own;
   }
   __device__ C shift() const {
     C top = -INFINITY;
-    for (int j = lane; j < tags; j += 32) top = fmax(top, score(j));
+#pragma unroll 1
+    for (int first = 0; first < tags; first += 32)
+      top = fmax(top, first + lane < tags ? score(first + lane) : C(-INFINITY));
     top = warp_top(top);
     return top == -INFINITY ? C(0) : top;
   }
   // NaN where a score is NaN, 0 where all are -inf.
   __device__ C total(C shift) const {
     C sum = 0;
-    for (int j = lane; j < tags; j += 32) sum += exp(score(j) - shift);
+#pragma unroll 1
+    for (int first = 0; first < tags; first += 32)
+      sum += exp((first + lane < tags ? score(first + lane) : C(-INFINITY)) - shift);
     return warp_sum(sum);
   }
 };
@@ -90,10 +97,9 @@ struct Step {
     if (before >= 0) before = inside(gold[before]);
     behind = p.bidirectional ? valid_behind(mask, t, p.steps, lane) : -1;
     if (behind >= 0) behind = inside(gold[behind]);
-    forward = {e, before < 0 ? nullptr : transitions + before * p.transitions_from_stride, p.transitions_to_stride,
-               int(p.tags), lane};
-    reversed = {e, behind < 0 ? nullptr : transitions + behind * p.transitions_to_stride, p.transitions_from_stride,
-                int(p.tags), lane};
+    const int64_t from = p.transitions_from_stride, to = p.transitions_to_stride;
+    forward = {e, transitions + (before < 0 ? 0 : before * from), to, before >= 0, int(p.tags), lane};
+    reversed = {e, transitions + (behind < 0 ? 0 : behind * to), from, behind >= 0, int(p.tags), lane};
   }
 };
 
@@ -106,13 +112,16 @@ __device__ double log_p(const Row<C, E>& row, int64_t tag) {
 
 // log p of every row, the mean of both directions; 0 at masked steps.
 template <typename C, typename E>
-__global__ void __launch_bounds__(32 * kWarps) memm_rows_kernel(MemmProblem problem, double* rows) {
-  const int64_t r = int64_t(blockIdx.x) * kWarps + threadIdx.x / 32;
+__global__ void __launch_bounds__(32 * kWarps)
+    memm_rows_kernel(MemmProblem problem, unsigned blocks_per_sequence, double* rows) {
+  const int64_t b = blockIdx.x / blocks_per_sequence;
+  const int64_t t = int64_t(blockIdx.x % blocks_per_sequence) * kWarps + threadIdx.x / 32;
   const int lane = threadIdx.x % 32;
-  if (r >= problem.batch * problem.steps) return;
+  if (t >= problem.steps) return;
+  const int64_t r = b * problem.steps + t;
   double value = 0;
   if (!problem.mask || problem.mask[r]) {
-    const Step<C, E> step(problem, r / problem.steps, r % problem.steps, lane);
+    const Step<C, E> step(problem, b, t, lane);
     value = log_p(step.forward, step.tag);
     if (problem.bidirectional) value = (value + log_p(step.reversed, step.tag)) / 2;
     if (!step.valid) value = NAN;
@@ -156,7 +165,7 @@ struct Side {
   C shift;
   C scale;
 
-  __device__ Side(const Row<C, E>& row, C upstream) : row(row), grad(row.given ? upstream * C(0.5) : upstream) {
+  __device__ Side(const Row<C, E>& row, C upstream) : row(row), grad(row.has_given ? upstream * C(0.5) : upstream) {
     shift = row.shift();
     const C total = row.total(shift);
     if (total == 0) grad = 0;  // no distribution: the value is -inf whatever the scores
@@ -168,15 +177,16 @@ struct Side {
 // One warp walks the rows of one group. sums [groups, 2, N, N] start at 0: rows given a tag before, rows given one
 // behind.
 template <typename C, typename E>
-__global__ void __launch_bounds__(32 * kWarps)
+__global__ void __launch_bounds__(32 * kWarps, 4)
     memm_gradients_kernel(MemmProblem problem, const C* upstream, E* demissions, C* sums, int64_t groups) {
   const int64_t group = int64_t(blockIdx.x) * kWarps + threadIdx.x / 32;
   const int lane = threadIdx.x % 32;
   if (group >= groups) return;
   const int64_t rows = problem.batch * problem.steps, n = problem.tags;
   C* own = sums ? sums + group * 2 * n * n : nullptr;
-  const int64_t end = (group + 1) * rows / groups;
-  int64_t r = group * rows / groups, b = r / problem.steps, t = r % problem.steps;
+  const int64_t size = (unsigned(rows) + unsigned(groups) - 1) / unsigned(groups);
+  const int64_t end = min((group + 1) * size, rows);
+  int64_t r = group * size, b = unsigned(r) / unsigned(problem.steps), t = r - b * problem.steps;
   for (; r < end; ++r, ++t) {
     if (t == problem.steps) {
       t = 0;
@@ -190,6 +200,7 @@ __global__ void __launch_bounds__(32 * kWarps)
     const Step<C, E> step(problem, b, t, lane);
     if (!problem.bidirectional) {
       const Side<C, E> forward(step.forward, upstream[b]);
+#pragma unroll 1
       for (int64_t j = lane; j < n; j += 32) {
         const C before = forward.at(j, step.tag);
         if (own && step.before >= 0) own[step.before * n + j] += before;
@@ -198,6 +209,7 @@ __global__ void __launch_bounds__(32 * kWarps)
       continue;
     }
     const Side<C, E> forward(step.forward, upstream[b] * C(0.5)), reversed(step.reversed, upstream[b] * C(0.5));
+#pragma unroll 1
     for (int64_t j = lane; j < n; j += 32) {
       const C before = forward.at(j, step.tag), behind = reversed.at(j, step.tag);
       if (own && step.before >= 0) own[step.before * n + j] += before;
@@ -217,7 +229,8 @@ __global__ void __launch_bounds__(32 * kWarps)
   double sum = 0;
   for (int64_t group = lane; group < groups; group += 32) {
     const C* own = sums + group * 2 * n * n;
-    sum += double(own[at]) + double(own[n * n + at % n * n + at / n]);
+    const int64_t from = unsigned(at) / unsigned(n), to = at - from * n;
+    sum += double(own[at]) + double(own[n * n + to * n + from]);
   }
   sum = warp_sum(sum);
   if (lane == 0) dtransitions[at] = C(sum);
@@ -242,7 +255,11 @@ template <typename C, typename E>
 cudaError_t forward_of(const MemmProblem& problem, void* log_likelihood, double* rows, cudaStream_t stream) {
   const int64_t count = problem.batch * problem.steps;
   cudaError_t error = cudaSuccess;
-  if (count > 0) error = launch(memm_rows_kernel<C, E>, blocks(count), 32 * kWarps, stream, problem, rows);
+  if (count > 0) {
+    const int64_t each = ceil_div(problem.steps, kWarps);
+    error = launch(memm_rows_kernel<C, E>, dim3(unsigned(problem.batch * each)), 32 * kWarps, stream, problem,
+                   unsigned(each), rows);
+  }
   if (error != cudaSuccess || problem.batch == 0) return error;
   return launch(memm_sequences_kernel<C>, blocks(problem.batch), 32 * kWarps, stream, static_cast<const double*>(rows),
                 problem.batch, problem.steps, static_cast<C*>(log_likelihood));

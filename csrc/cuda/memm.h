@@ -1,6 +1,7 @@
 // Launchers of the CUDA kernels of the memm family: plain pointers and a stream. C is the compute type (double where
 // the emissions are double, else float). Each returns the first launch error; none synchronises. Workspaces are raw
-// device memory of the size that the function beside the launcher names, aligned to 256 bytes.
+// device memory of the size that the function beside the launcher names, aligned to 256 bytes. B * T must be
+// below 2^31: the kernels divide row numbers in 32 bits, because a 64-bit division is a call that spills registers.
 #pragma once
 #include "../memm.h"
 #ifndef FASTNLP_EMULATION
