@@ -61,7 +61,7 @@ def parts(output: Path, commit: str) -> list[Part]:
         report = WORK / f"report-{family}.md"
         where = ["--output", str(output), "--report", str(report), "--commit", commit]
         command = [python, *module, family, "--device", "cuda", "--seconds", "2", *where]
-        return Part(f"bench-{family}", 420, command, report=report)
+        return Part(f"bench-{family}", 300, command, report=report)
 
     return [
         Part("tests", 420, [python, "-m", "pytest", "tests", "--device", "cuda", "-q", "-p", "no:cacheprovider"]),
