@@ -150,9 +150,18 @@ class CRF(nn.Module):
         return result if self.batch_first else result.transpose(0, 1)
 
     @torch.jit.unused
-    def load_peer_state_dict(self, state_dict: Mapping[str, Any], layout: str, *, lr_multiplier: float = 1.0) -> None:
-        """Takes the parameters of another package's CRF; the layouts are listed at :func:`convert_crf_state_dict`."""
-        converted = convert_crf_state_dict(state_dict, layout, num_tags=self.num_tags, lr_multiplier=lr_multiplier)
+    def load_peer_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        layout: str,
+        *,
+        constraints: bool = False,
+        lr_multiplier: float = 1.0,
+    ) -> None:
+        """Takes the parameters of another package's CRF; layouts and arguments: :func:`convert_crf_state_dict`."""
+        converted = convert_crf_state_dict(
+            state_dict, layout, num_tags=self.num_tags, constraints=constraints, lr_multiplier=lr_multiplier
+        )
         self.load_state_dict(converted)
 
     def _scores(self) -> tuple[Tensor, Tensor, Tensor]:

@@ -240,3 +240,15 @@ def test_errors(peer, options, sentence):
     with pytest.raises(ValueError) as error:
         convert_crf_state_dict({name: torch.zeros(shape) for name, shape in peer.items()}, **options)
     assert str(error.value) == sentence
+
+
+def test_module_takes_a_peers_parameters():
+    source, target = fastnlp_ops.CRF(4), fastnlp_ops.CRF(4)
+    state = {
+        "crf.trans_matrix": source.transitions.detach(),
+        "crf.start_trans": source.start_transitions.detach(),
+        "crf.end_trans": source.end_transitions.detach(),
+    }
+    target.load_peer_state_dict(state, "TorchCRF")
+    for ours, expected in zip(target.parameters(), source.parameters(), strict=True):
+        assert torch.equal(ours, expected)
