@@ -19,7 +19,8 @@ demo: $(BUILT)  ## train a tagger on Python source and watch it label (QUICK=1: 
 test: $(BUILT)  ## run every test (QUICK=1: without the long ones; ARGS="-k viterbi": some)
 	$(BIN)/python -m pytest $(if $(QUICK),-m "not long") $(ARGS)
 
-bench: $(BUILT)  ## time every op against what people use today (ARGS=--help: choices)
+bench: $(BUILT)  ## time every op against what people use today (ARGS=--help: choices; ARGS=gpu: on a CUDA machine)
+	$(if $(filter .venv,$(VENV)),$(BIN)/pip install -q --disable-pip-version-check --no-deps -r benchmarks/peers.txt)
 	$(BIN)/python -m benchmarks $(ARGS)
 
 lint: $(ENVIRONMENT)  ## ruff, mypy, clang-format

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+import fastnlp_ops
 from fastnlp_ops.crf_state_dict import convert_crf_state_dict
 
 TAGS, STEPS = 3, 4

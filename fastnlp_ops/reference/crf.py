@@ -144,10 +144,11 @@ def finite(x: Tensor) -> Tensor:
 
 def forward_messages(chains: Chains) -> list[Tensor]:
     """alpha_k [B, N] for every k. Past the end of a sequence the last message is carried on."""
-    alpha = chains.start + chains.emissions[:, 0]
+    first, *emissions = chains.emissions.unbind(1)  # at once: the backward pass of T selections would be T^2 work
+    alpha = chains.start + first
     messages = [alpha]
-    for k in range(1, chains.emissions.shape[1]):
-        entered = logsumexp(alpha[:, :, None] + chains.step(k), dim=1) + chains.emissions[:, k]
+    for k, emission in enumerate(emissions, 1):
+        entered = logsumexp(alpha[:, :, None] + chains.step(k), dim=1) + emission
         alpha = torch.where(chains.valid(k), entered, alpha)
         messages.append(alpha)
     return messages
@@ -155,10 +156,11 @@ def forward_messages(chains: Chains) -> list[Tensor]:
 
 def backward_messages(chains: Chains) -> list[Tensor]:
     """beta_k [B, N] for every k. Past the end of a sequence it is `end`."""
-    beta = chains.end.expand_as(chains.emissions[:, 0])
+    emissions = chains.emissions.unbind(1)
+    beta = chains.end.expand_as(emissions[0])
     messages = [beta]
-    for k in range(chains.emissions.shape[1] - 1, 0, -1):
-        ahead = chains.emissions[:, k] + beta
+    for k in range(len(emissions) - 1, 0, -1):
+        ahead = emissions[k] + beta
         left = logsumexp(chains.step(k) + ahead[:, None, :], dim=2)
         beta = torch.where(chains.valid(k), left, beta)
         messages.append(beta)
