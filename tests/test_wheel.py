@@ -69,3 +69,23 @@ def test_host_on_every_python(wheel, tmp_path):
     for python in run("make", "--silent", "pythons", cwd=ROOT).strip().split(";"):
         code = "import _host; print(_host.cpu_features())"  # without torch, which the others may lack
         assert run(python, "-c", code, cwd=tmp_path / "fastnlp_ops").strip() in {"baseline", "x86-64-v3"}
+
+
+@pytest.mark.long
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
+def test_cuda_kernels_keep_to_registers(wheel, tmp_path):
+    """Every kernel of every architecture, as nvcc has compiled it for the wheel: no stack frame, so no spills."""
+    import triton
+
+    library = zipfile.ZipFile(wheel).extract("fastnlp_ops/libfastnlp_cuda.so", tmp_path)
+    cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    report = run(cuobjdump, "--dump-resource-usage", library)
+    assert set(re.findall(r"elf code:\n=+\narch = (\w+)", report)) == {"sm_80", "sm_90a", "sm_100a", "sm_120a"}
+    stacks = re.findall(r"Function (\w+):\n.*?STACK:(\d+)", report)
+    assert len(stacks) > 100
+    assert [f"{name}: {stack} bytes" for name, stack in stacks if int(stack) > stack_allowed(name)] == []
+
+
+def stack_allowed(kernel):
+    # The backward pass of 33 to 64 tags needs 192 registers for its matrices alone, of 255.
+    return 64 if "crf_smooth_kernelIfLi64E" in kernel else 0
