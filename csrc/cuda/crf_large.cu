@@ -8,7 +8,7 @@ constexpr int kEdgeColumns = 32;
 constexpr int kEdgeParts = kLargeThreads / kEdgeColumns;
 
 template <typename C>
-__global__ void __launch_bounds__(kLargeThreads) crf_large_edges_kernel(CrfProblem problem, LargeEdges<C> edges) {
+__global__ void __launch_bounds__(kLargeThreads, 1) crf_large_edges_kernel(CrfProblem problem, LargeEdges<C> edges) {
   __shared__ C tops[kEdgeParts][kEdgeColumns];
   const int side = blockIdx.y;
   const int x = threadIdx.x % kEdgeColumns;
@@ -38,7 +38,7 @@ __global__ void __launch_bounds__(kLargeThreads) crf_large_edges_kernel(CrfProbl
 // Block (x, y): chain y of the x-th group of sequences. Each step takes the block's exact maximum: its two barriers are
 // small beside the step's N * N products. `ends` and `offsets` [B, 2, N], [B, 2]: where each chain arrives.
 template <typename C, typename E, int kColumns>
-__global__ void __launch_bounds__(kLargeThreads)
+__global__ void __launch_bounds__(kLargeThreads, 1)
     crf_large_filter_kernel(CrfProblem problem, CrfSequences sequences, CrfForward call, LargeEdges<C> edges, C* ends,
                             double* offsets) {
   constexpr int G = kGroup<C>;
@@ -155,7 +155,7 @@ __global__ void __launch_bounds__(kLargeThreads)
 
 // One block per sequence: both chains' messages meet on the edge that enters the middle.
 template <typename C, typename E>
-__global__ void __launch_bounds__(kLargeThreads)
+__global__ void __launch_bounds__(kLargeThreads, 1)
     crf_large_join_kernel(CrfProblem problem, CrfSequences sequences, CrfForward call, const C* ends,
                           const double* offsets) {
   constexpr int kColumns = int(kMaxTags) / kLargeThreads;

@@ -11,7 +11,7 @@ constexpr C kSafeLogWeight = sizeof(C) == 4 ? C(55.2) : C(460);
 
 // weights [R, N] (or null): log w of the step's own tags, in the row of the step that the chain goes to.
 template <typename C, int kColumns>
-__global__ void __launch_bounds__(kLargeThreads)
+__global__ void __launch_bounds__(kLargeThreads, 1)
     crf_large_smooth_kernel(CrfProblem problem, CrfSequences sequences, CrfBackward call, LargeEdges<C> edges,
                             C* weights, C* partials) {
   constexpr int G = kGroup<C>;
@@ -213,7 +213,7 @@ constexpr int kSlab = 16;
 // dT: block (x, y) makes tile x of the sum over the sequences of split y. Of an edge, `other` is the tag at the row and
 // `own` the tag at the row's neighbour towards the middle: pair = exp(message(other)) * E * w(own).
 template <typename C>
-__global__ void __launch_bounds__(kLargeThreads)
+__global__ void __launch_bounds__(kLargeThreads, 1)
     crf_large_pairs_kernel(CrfProblem problem, CrfSequences sequences, CrfBackward call, LargeEdges<C> edges,
                            const C* weights, int64_t per_split, C* partials) {
   alignas(16) __shared__ C from_values[kSlab][kTile];
@@ -296,20 +296,24 @@ __global__ void __launch_bounds__(kLargeThreads)
         if (any) {
           const Transitions<C> transitions(problem, b, side == 1);
 #pragma unroll 1
-          for (int r = 0; r < kSlab && k0 + r < last; ++r) {
-            const int64_t row = (steps.row + k0 + r) * N;
-#pragma unroll
-            for (int u = 0; u < 4; ++u) {
-#pragma unroll
-              for (int v = 0; v < 4; ++v) {
-                const int own = side ? from0 + i0 + u : to0 + j0 + v;
-                const int other = side ? to0 + j0 + v : from0 + i0 + u;
-                if (own >= N || other >= N || !(weights[row + own] > kSafeLogWeight<C>)) continue;
-                const C log_weight = weights[row + own] - edges.columns[side * N + own];
-                total[u][v] +=
-                    of_marginal * exp(messages[row + other] + transitions(transitions.matrix, other, own) + log_weight);
-              }
+          for (int cell = 0; cell < 16; ++cell) {  // rare: one copy of the code, and no registers kept for it
+            const int u = cell / 4;
+            const int v = cell % 4;
+            const int own = side ? from0 + i0 + u : to0 + j0 + v;
+            const int other = side ? to0 + j0 + v : from0 + i0 + u;
+            if (own >= N || other >= N) continue;
+            C sum = 0;
+#pragma unroll 1
+            for (int r = 0; r < kSlab && k0 + r < last; ++r) {
+              const int64_t row = (steps.row + k0 + r) * N;
+              if (!(weights[row + own] > kSafeLogWeight<C>)) continue;
+              const C log_weight = weights[row + own] - edges.columns[side * N + own];
+              sum +=
+                  of_marginal * exp(messages[row + other] + transitions(transitions.matrix, other, own) + log_weight);
             }
+#pragma unroll
+            for (int x = 0; x < 16; ++x)
+              if (x == cell) total[x / 4][x % 4] += sum;
           }
         }
         __syncthreads();

@@ -8,7 +8,7 @@ constexpr int kSampleWarps = 4;
 
 // One warp per (sample, sequence), from the last step back: tag k ~ exp(message_k + transitions[:, tag k + 1]).
 template <typename C>
-__global__ void __launch_bounds__(32 * kSampleWarps)
+__global__ void __launch_bounds__(32 * kSampleWarps, 1)
     crf_sample_kernel(CrfProblem problem, CrfSequences sequences, const C* messages, const float* uniforms,
                       int64_t samples, int64_t rows, int64_t* paths) {
   const int64_t index = int64_t(blockIdx.x) * kSampleWarps + threadIdx.x / 32;
@@ -69,7 +69,7 @@ constexpr int kEntropyThreads = 256;
 
 // One block per sequence: H_k(j) = sum_i P(i | j) (H_{k-1}(i) - log P(i | j)), the last step being `end`.
 template <typename C>
-__global__ void __launch_bounds__(kEntropyThreads)
+__global__ void __launch_bounds__(kEntropyThreads, 1)
     crf_entropy_kernel(CrfProblem problem, CrfSequences sequences, const C* messages, C* entropy) {
   __shared__ C values[2][kMaxTags];
   __shared__ C logs[kMaxTags];

@@ -11,7 +11,7 @@ constexpr int kTransferWarps = 4;
 // from the step before the chunk to the chunk's last step. A row is exp(scale) times what is stored. The first chunk
 // has no step before it: its row 0 is the message of its last step.
 template <typename C, typename E, int K>
-__global__ void __launch_bounds__(32 * kTransferWarps)
+__global__ void __launch_bounds__(32 * kTransferWarps, 1)
     crf_transfer_kernel(CrfProblem problem, CrfSequences sequences, int64_t chunks, C* transfer, double* scales) {
   __shared__ ChainShared<C, K> shared[kTransferWarps];
   const int warp = threadIdx.x / 32;
@@ -36,7 +36,7 @@ __global__ void __launch_bounds__(32 * kTransferWarps)
 }
 
 template <typename C, typename E>
-__global__ void __launch_bounds__(kChunk)
+__global__ void __launch_bounds__(kChunk, 1)
     crf_gold_kernel(CrfProblem problem, CrfSequences sequences, int64_t chunks, const int64_t* tags, double* gold) {
   __shared__ double parts[kChunk / 32];
   const int64_t b = blockIdx.x / chunks;
@@ -46,23 +46,30 @@ __global__ void __launch_bounds__(kChunk)
   if (threadIdx.x == 0) gold[blockIdx.x] = sum;
 }
 
+// The widest register kernel (fits_registers), within a warp.
+template <typename C>
+constexpr int kWidth = sizeof(C) == 8 ? 16 : 32;
+
 // log sum exp over i of v[i] + m[i]
 template <typename C>
-__device__ C log_dot(const C* v, const C (&m)[32]) {
+__device__ C log_dot(const C* v, C (&m)[kWidth<C>]) {
   C top = -INFINITY;
 #pragma unroll
-  for (int i = 0; i < 32; ++i) top = v[i] + m[i] > top ? v[i] + m[i] : top;
+  for (int i = 0; i < kWidth<C>; ++i) {
+    m[i] += v[i];
+    top = m[i] > top ? m[i] : top;
+  }
   if (top == -INFINITY) top = 0;
   C sum = 0;
 #pragma unroll
-  for (int i = 0; i < 32; ++i) sum += exp(v[i] + m[i] - top);
+  for (int i = 0; i < kWidth<C>; ++i) sum += exp(m[i] - top);
   return top + log(sum);
 }
 
 // One block per sequence: warp 0 carries the left message over the chunks, warp 1 the right one. The next chunk's
 // matrix is fetched while this one is used.
 template <typename C>
-__global__ void __launch_bounds__(64)
+__global__ void __launch_bounds__(64, 1)
     crf_boundary_kernel(CrfProblem problem, CrfSequences sequences, int64_t chunks, const C* transfer,
                         const double* scales, const double* gold_parts, C* messages, C* output) {
   __shared__ double parts[2];
@@ -94,14 +101,15 @@ __global__ void __launch_bounds__(64)
   if (own < N && right) state = problem.end ? static_cast<const C*>(problem.end)[own] : 0;
   if (!right) offset = scales[0];
 
-  C matrix[32], coming[32];
+  C matrix[kWidth<C>], coming[kWidth<C>];
   double scale = 0, coming_scale = 0;
   const auto fetch = [&](int t) {  // t-th chunk on the way: 1, 2, ... or last, last - 1, ...
     const int64_t c = right ? used - t : t;
+    const C* from = transfer + c * N * N + (right ? own * N : own);
+    const int stride = right ? 1 : N;
+    const bool real = t < used && own < N;
 #pragma unroll
-    for (int i = 0; i < 32; ++i)
-      coming[i] =
-          t < used && i < N && own < N ? transfer[(c * N + (right ? own : i)) * N + (right ? i : own)] : -INFINITY;
+    for (int i = 0; i < kWidth<C>; ++i) coming[i] = real && i < N ? from[i * stride] : -INFINITY;
     coming_scale = t < used && own < N ? scales[c * N + own] : 0;
   };
   fetch(1);
@@ -109,7 +117,7 @@ __global__ void __launch_bounds__(64)
   for (int t = 1; t < used; ++t) {
     if (!right && boundaries && own < N) boundaries[int64_t(t - 1) * 2 * N + own] = gold == gold ? state : C(NAN);
 #pragma unroll
-    for (int i = 0; i < 32; ++i) matrix[i] = coming[i];
+    for (int i = 0; i < kWidth<C>; ++i) matrix[i] = coming[i];
     scale = coming_scale;
     fetch(t + 1);
     // The scale belongs to the tag before the chunk: it is added before the sum going right, after it going left.

@@ -237,7 +237,7 @@ constexpr int kSumColumns = 32;
 constexpr int kSumGroups = 16;
 
 template <typename C>
-__global__ void __launch_bounds__(kSumColumns* kSumGroups)
+__global__ void __launch_bounds__(kSumColumns* kSumGroups, 1)
     crf_sum_partials_kernel(const C* partials, int64_t rows, int64_t matrix, int64_t tags, C* dtransitions, C* dstart,
                             C* dend) {
   __shared__ double sums[kSumGroups][kSumColumns];

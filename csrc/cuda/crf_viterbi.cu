@@ -9,7 +9,7 @@ constexpr int kTraceSteps =
     64;  // back-pointers are read in tiles: following them in global memory costs a latency a step
 
 template <typename C, typename E, int K>
-__global__ void __launch_bounds__(K > 32 ? 64 : 32)
+__global__ void __launch_bounds__(K > 32 ? 64 : 32, 1)
     crf_viterbi_kernel(CrfProblem problem, CrfSequences sequences, uint8_t* pointers /* [R, K] */, int64_t* paths,
                        C* best_scores) {
   constexpr int kThreads = K > 32 ? 64 : 32;
@@ -126,7 +126,7 @@ __global__ void __launch_bounds__(K > 32 ? 64 : 32)
 constexpr int kLargeThreads = 256;
 
 template <typename C, typename E>
-__global__ void __launch_bounds__(kLargeThreads)
+__global__ void __launch_bounds__(kLargeThreads, 1)
     crf_viterbi_large_kernel(CrfProblem problem, CrfSequences sequences, uint16_t* pointers /* [R, N] */,
                              int64_t* paths, C* best_scores) {
   __shared__ C scores[2][kMaxTags];
@@ -189,7 +189,7 @@ __global__ void __launch_bounds__(kLargeThreads)
 constexpr int kBestThreads = 128;
 
 template <typename C, typename E>
-__global__ void __launch_bounds__(kBestThreads)
+__global__ void __launch_bounds__(kBestThreads, 1)
     crf_viterbi_n_best_kernel(CrfProblem problem, CrfSequences sequences, int n, uint16_t* pointers /* [R, N * n] */,
                               int64_t* paths, C* best_scores) {
   __shared__ C scores[2][kMaxBestCells];
