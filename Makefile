@@ -20,7 +20,6 @@ test: $(BUILT)  ## run every test (QUICK=1: without the long ones; ARGS="-k vite
 	$(BIN)/python -m pytest $(if $(QUICK),-m "not long") $(ARGS)
 
 bench: $(BUILT)  ## time every op against what people use today (ARGS=--help: choices; ARGS=gpu: on a CUDA machine)
-	$(if $(filter .venv,$(VENV)),$(BIN)/pip install -q --disable-pip-version-check --no-deps -r benchmarks/peers.txt)
 	$(BIN)/python -m benchmarks $(ARGS)
 
 lint: $(ENVIRONMENT)  ## ruff, mypy, clang-format
@@ -57,10 +56,11 @@ wheel: $(ENVIRONMENT)  ## one wheel for Python 3.10 to 3.13, CPU and CUDA (where
 clean:  ## remove what was built (.venv stays)
 	rm -rf build dist *.egg-info out fastnlp_ops/*.so
 
-.venv/.installed: requirements.txt
+.venv/.installed: requirements.txt benchmarks/peers.txt
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("python3 >= 3.10 is needed: make PYTHON=...")'
 	$(PYTHON) -m venv .venv
 	.venv/bin/pip install -q --disable-pip-version-check -r requirements.txt
+	.venv/bin/pip install -q --disable-pip-version-check --no-deps -r benchmarks/peers.txt
 	touch $@
 
 $(BUILT): $(ENVIRONMENT) CMakeLists.txt setup.py pyproject.toml $(shell find csrc -type f)
