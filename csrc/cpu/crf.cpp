@@ -5,7 +5,7 @@
 //     b_{L-1} = end + e_{L-1},    b_k(i) = e_k(i) + log sum_j exp(b_{k+1}(j) + T_ij),   k >= m
 //     log Z = log sum_ij exp(a_{m-1}(i) + T_ij + b_m(j))
 // Neither needs the other, so the processor runs both at once: each hides the other's latency. `messages` keeps a and
-// b, shifted to maximum 0: as many numbers as there are emissions, and all that the backward pass needs.
+// b up to a factor of their own: as many numbers as there are emissions, and all that the backward pass needs.
 //
 // smooth: the marginals gamma_m at the middle follow from the join; from there they walk back through the posterior
 // kernels P(i | j) = p_i E_ij / s_j, with p = exp(a_{k-1}), E_ij = exp(T_ij - top_j), s_j = sum_i p_i E_ij:
@@ -21,13 +21,17 @@ namespace {
 // left.a <- the joint of the middle edge seen from its later end (or of the only step), normalised; returns the
 // logarithm of its sum.
 template <class C, int BLOCK>
-double join(Side<C, BLOCK>& left, const Side<C, BLOCK>& right, int64_t length, int64_t middle) {
+double join(Side<C, BLOCK>& left, Side<C, BLOCK>& right, int64_t length, int64_t middle) {
   if (length > 1) {
     left.enter(middle);
+    right.logarithms();
     std::memcpy(left.e, right.a, static_cast<size_t>(left.padded) * sizeof(C));
     left.advance(left.matrix);
-  } else if (left.work.problem.end) {
-    for (int64_t j = 0; j < left.n; ++j) left.a[j] += static_cast<const C*>(left.work.problem.end)[j];
+    left.logarithms();
+  } else {
+    left.logarithms();
+    if (left.work.problem.end)
+      for (int64_t j = 0; j < left.n; ++j) left.a[j] += static_cast<const C*>(left.work.problem.end)[j];
     left.offset += normalise(left.a, left.padded);
   }
   Vec<C> sum = {};
@@ -110,9 +114,8 @@ void smooth(const CrfWork& work, const CrfSequence& sequence, void* scratch, con
   Side<C, BLOCK> left(work, sequence, true, scratch);
   Side<C, BLOCK> right(work, sequence, false, scratch);
   const auto padded = left.padded;
-  left.read_message(middle - 1, left.a);
-  left.begin();
-  if (length > 1) right.read_message(middle, right.a);
+  left.read(left.message(middle - 1));
+  if (length > 1) right.read(right.message(middle));
   if (join(left, right, length, middle) == -INFINITY) {
     std::memset(own, 0, static_cast<size_t>(sequence.steps * bytes));
     return;

@@ -151,31 +151,37 @@ FASTNLP_INLINE C normalise(C* a, int64_t padded) {
   return m;
 }
 
-// The message of a chain as logarithms and as numbers. Only the numbers carry the recurrence,
+// Where a number of a message is below this, the message is kept as logarithms too: a later step may need what it
+// hides.
+constexpr double kThin = 1e-30;
+
+// The message of a chain. Numbers p carry the recurrence,
 //     p'_j = (sum_i p_i E_ij) x_j 2^r,    x_j = exp(e_j + top_j - d),    d = max_j (e_j + top_j),
-// because x needs the emissions alone and 2^r the step before: neither exp nor log is on the path from step to step.
-// The logarithms are what smooth and the guard read; a step with a column below the guard starts the numbers anew.
+// because x needs the emissions alone and 2^r the step before: neither exp nor log is on the path from step to step,
+// and nothing takes a logarithm at all until a column falls below the guard or a number below kThin.
 template <class C, int BLOCK>
 struct Chain {
+  static constexpr int lanes = Simd<C>::lanes;
+  static constexpr int T = tile<BLOCK>;
+  static constexpr int64_t rows = 5;
+
   int64_t n;
   Padded<C, BLOCK> padded;
-  C* a;         // logarithms, maximum 0 (or -inf throughout)
-  C* previous;  // those of the step before
-  C* p;
-  C* next;
-  C* e;  // the emissions of the step to come; -inf in the padding
-  C* x;
-  double offset;  // the message is exp(a + offset) = p exp(shift)
-  double shift;
-  int exponent;  // r
-  C rescale;     // 2^r
-
-  static constexpr int64_t rows = 6;
+  C* p;           // 0 in the padding
+  C* a;           // logarithms with maximum 0 (or -inf throughout); valid where `thin`, or after logarithms()
+  C* next;        // scratch
+  C* e;           // the emissions of the step to come; -inf in the padding
+  C* x;           // scratch
+  double shift;   // the message is p exp(shift)
+  double offset;  // and exp(a + offset)
+  int exponent;   // r
+  C rescale;      // 2^r
+  bool thin;
 
   C* place(C* memory, int64_t tags) {
     n = tags;
     padded.value = padded_tags<C, BLOCK>(tags);
-    C** const all[] = {&a, &previous, &p, &next, &e, &x};
+    C** const all[] = {&p, &a, &next, &e, &x};
     for (C** row : all) {
       *row = memory;
       memory += padded;
@@ -185,22 +191,28 @@ struct Chain {
 
   // From unnormalised logarithms in a.
   void begin() {
-    offset = normalise(a, padded);
-    restart();
-  }
-  void restart() {
-    for (int64_t j = 0; j < padded; j += Simd<C>::lanes) store(p + j, exponential(load(a + j)));
-    shift = offset;
+    offset = shift = normalise(a, padded);
     exponent = 0;
     rescale = 1;
+    Mask<C> small = {};
+    for (int64_t j = 0; j < padded; j += lanes) {
+      const Vec<C> number = exponential(load(a + j));
+      small |= (number < splat(static_cast<C>(kThin))) & lanes_below<C>(n - j);
+      store(p + j, number);
+    }
+    thin = any(small);
   }
 
-  // a_j <- e_j + log sum_i exp(a_i + T_ij).
+  void logarithms() {
+    if (thin) return;
+    const C infinity = INFINITY;
+    for (int64_t j = 0; j < padded; j += lanes)
+      store(a + j, lanes_below<C>(n - j) ? logarithm(load(p + j)) : splat(-infinity));
+    offset = shift + normalise(a, padded);
+  }
+
+  // p_j <- exp(e_j) sum_i p_i exp(T_ij).
   void advance(const Matrix<C>& m) {
-    constexpr int lanes = Simd<C>::lanes;
-    constexpr int T = tile<BLOCK>;
-    const Vec<C> guard = splat(static_cast<C>(kGuard));
-    swap(a, previous);
     Vec<C> top = splat(-static_cast<C>(INFINITY));
     for (int64_t j = 0; j < padded; j += lanes) {
       const Vec<C> f = load(e + j) + load(m.top + j);
@@ -209,38 +221,69 @@ struct Chain {
     }
     C d = max_of(top);
     if (d == -static_cast<C>(INFINITY)) d = 0;
-    for (int64_t j = 0; j < padded; j += lanes) {
-      const Vec<C> f = load(e + j) - splat(d);
-      store(e + j, f);
-      store(x + j, exponential(f) * splat(rescale));
-    }
+    for (int64_t j = 0; j < padded; j += lanes) store(x + j, exponential(load(e + j) - splat(d)) * splat(rescale));
     Vec<C> largest = {};
-    bool slow = false;
+    Mask<C> rare = {};
     for (int64_t block = 0; block < padded; block += T * lanes) {
       Vec<C> sums[T];
       dot_block<C, T>(p, m.products + block, n, padded, sums);
-      Mask<C> below = {};
       for (int v = 0; v < T; ++v) {
         const int64_t j = block + v * lanes;
         const Vec<C> moved = sums[v] * load(x + j);
         store(next + j, moved);
         largest = maximum(moved, largest);
-        below |= sums[v] < guard;
-        store(a + j, logarithm(sums[v]) + load(e + j));
-      }
-      if (__builtin_expect(any(below), 0)) {
-        slow = true;
-        for (int64_t j = block; j < block + T * lanes; ++j)
-          if (sums[(j - block) / lanes][(j - block) % lanes] < static_cast<C>(kGuard))
-            a[j] = static_cast<C>(column_logsumexp(m, previous, j, n, padded) + e[j] - m.top[j] + offset - shift);
+        const Mask<C> below = (sums[v] < splat(static_cast<C>(kGuard))) | (moved < splat(static_cast<C>(kThin)));
+        rare |= below & lanes_below<C>(n - j);
       }
     }
+    if (__builtin_expect(any(rare), 0)) return advance_in_logarithms(m, d);
     swap(p, next);
-    offset = shift + d + normalise(a, padded);
-    if (__builtin_expect(slow, 0)) return restart();
-    shift = shift + d - exponent * 0.693147180559945309417;
+    thin = false;
+    shift += d - exponent * 0.693147180559945309417;
     exponent = -exponent_of(max_of(largest));
     rescale = power_of_two<C>(exponent);
+  }
+
+  // The same step where a number of it is too small to be trusted or kept; e holds e_j + top_j.
+  __attribute__((noinline)) void advance_in_logarithms(const Matrix<C>& m, C d) {
+    logarithms();
+    for (int64_t block = 0; block < padded; block += T * lanes) {
+      Vec<C> sums[T];
+      dot_block<C, T>(p, m.products + block, n, padded, sums);
+      for (int v = 0; v < T; ++v) {
+        const int64_t j = block + v * lanes;
+        store(next + j, logarithm(sums[v]) + (load(e + j) - splat(d)));
+      }
+      for (int64_t j = block; j < block + T * lanes && j < n; ++j)
+        if (sums[(j - block) / lanes][(j - block) % lanes] < static_cast<C>(kGuard))
+          next[j] = static_cast<C>(column_logsumexp(m, a, j, n, padded) + (e[j] - m.top[j]) - d + (offset - shift));
+    }
+    swap(a, next);
+    const double moved = shift + d;
+    begin();
+    shift = offset = offset + moved;
+  }
+
+  // A message as it is stored: the numbers, or the logarithms less 1, which no number looks like.
+  void write(C* row) {
+    if (!thin) return store_row(row, n, p);
+    for (int64_t j = 0; j < padded; j += lanes) store(x + j, load(a + j) - splat(C{1}));
+    store_row(row, n, x);
+  }
+  void read(const C* row) {
+    load_row(row, n, padded, C{0}, p);
+    Mask<C> negative = {};
+    for (int64_t j = 0; j < padded; j += lanes) negative |= load(p + j) < Vec<C>{};
+    thin = any(negative);
+    shift = offset = 0;
+    exponent = 0;
+    rescale = 1;
+    if (!thin) return;
+    load_row(row, n, padded, -static_cast<C>(INFINITY), a);
+    for (int64_t j = 0; j < padded; j += lanes) {
+      store(a + j, load(a + j) + splat(C{1}));
+      store(p + j, exponential(load(a + j)));
+    }
   }
 
   static void swap(C*& one, C*& other) {

@@ -55,7 +55,8 @@ struct Walk {
     if (k > 0) {
       enter(k, true, false);
       read_emissions(k, chain.e);
-      return chain.advance(forward);
+      chain.advance(forward);
+      return chain.logarithms();
     }
     read_emissions(0, chain.a);
     for (int64_t j = 0; j < n; ++j) chain.a[j] += start(j);
@@ -66,13 +67,19 @@ struct Walk {
   }
 };
 
-// The lowest index with the highest value; 0 where all are NaN.
-template <class C>
-FASTNLP_INLINE int64_t first_max(const C* x, int64_t n) {
-  int64_t best = 0;
-  for (int64_t i = 1; i < n; ++i)
-    if (x[i] > x[best] || (x[best] != x[best] && x[i] == x[i])) best = i;
-  return best;
+// The lowest index with the highest value; 0 where all are NaN. The padding is -inf.
+template <class C, class P>
+FASTNLP_INLINE int64_t first_max(const C* x, int64_t n, P padded) {
+  constexpr int lanes = Simd<C>::lanes;
+  Vec<C> top = splat(-static_cast<C>(INFINITY));
+  for (int64_t i = 0; i < padded; i += lanes) top = maximum(load(x + i), top);
+  const Vec<C> best = splat(max_of(top));
+  for (int64_t i = 0; i < padded; i += lanes)
+    if (const unsigned found = bits_of(load(x + i) == best)) {
+      const int64_t first = i + __builtin_ctz(found);
+      return first < n ? first : 0;
+    }
+  return 0;
 }
 
 // Forward keeps scores only (an addition and a maximum for each pair); the arg max is taken again along the best path,
@@ -120,7 +127,7 @@ void viterbi(const CrfWork& work, const CrfSequence& sequence, void* scratch) {
   }
   C* last = a + (length - 1) * padded;
   for (int64_t j = 0; j < n; ++j) last[j] += walk.end(j);
-  int64_t tag = first_max(last, n);
+  int64_t tag = first_max(last, n, padded);
   *score = last[tag];
   work.paths[walk.row(length - 1)] = tag;
   for (int64_t k = length - 1; k > 0; --k) {
@@ -129,7 +136,7 @@ void viterbi(const CrfWork& work, const CrfSequence& sequence, void* scratch) {
     const C* column = walk.backward.scores + tag * padded;
     const Vec<C> emission = splat(walk.emission(k, tag));
     for (int64_t i = 0; i < padded; i += lanes) store(e + i, (load(from + i) + load(column + i)) + emission);
-    tag = first_max(e, n);
+    tag = first_max(e, n, padded);
     work.paths[walk.row(k - 1)] = tag;
   }
 }

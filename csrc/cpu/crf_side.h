@@ -22,12 +22,11 @@ struct Side : Chain<C, BLOCK> {
   using Base::advance;
   using Base::begin;
   using Base::e;
+  using Base::lanes;
   using Base::n;
   using Base::padded;
-  using Base::previous;
+  using Base::T;
   using Base::x;
-  static constexpr int lanes = Simd<C>::lanes;
-  static constexpr int T = tile<BLOCK>;
 
   const CrfWork& work;
   const CrfSequence& sequence;
@@ -61,7 +60,6 @@ struct Side : Chain<C, BLOCK> {
 
   int64_t row(int64_t k) const { return sequence.row0 + sequence.position(k); }
   C* message(int64_t k) const { return static_cast<C*>(work.messages) + row(k) * n; }
-  void read_message(int64_t k, C* to) const { load_row(message(k), n, padded, -static_cast<C>(INFINITY), to); }
   void read_emissions(int64_t k, C* to) const {
     const CrfProblem& p = work.problem;
     const int64_t step = p.cu_seqlens ? row(k) : sequence.position(k);
@@ -95,7 +93,7 @@ struct Side : Chain<C, BLOCK> {
     keep(k);
   }
   void keep(int64_t k) {
-    if (work.messages) store_row(message(k), n, a);
+    if (work.messages) this->write(message(k));
   }
 
   // gamma moves to valid step k, whose message is stored, over the entered edge.
@@ -103,8 +101,8 @@ struct Side : Chain<C, BLOCK> {
     const Vec<C> guard = splat(static_cast<C>(kGuard));
     C* const p = p_rows + pending * padded;
     C* const w = weights + pending * padded;
-    read_message(k, previous);
-    for (int64_t i = 0; i < padded; i += lanes) store(p + i, exponential(load(previous + i)));
+    this->p = p;
+    this->read(message(k));
     bool any_slow = false;
     for (int64_t block = 0; block < padded; block += T * lanes) {
       Vec<C> s[T];
@@ -158,13 +156,14 @@ struct Side : Chain<C, BLOCK> {
 
   // The columns whose sum (in x) is below the guard, exactly: their part of gamma at the earlier step, into `slow`.
   __attribute__((noinline)) void slow_columns(int64_t k, double coefficient, const CrfSums& sums) {
+    this->logarithms();
     for (int64_t i = 0; i < padded; ++i) slow[i] = 0;
     for (int64_t j = 0; j < n; ++j) {
       if (!(x[j] < static_cast<C>(kGuard)) || gamma[j] <= 0) continue;
-      const double normaliser = column_logsumexp(matrix, previous, j, n, padded);
+      const double normaliser = column_logsumexp(matrix, a, j, n, padded);
       if (normaliser == -INFINITY) continue;
       for (int64_t i = 0; i < n; ++i) {
-        const double score = static_cast<double>(previous[i]) + matrix.scores[i * padded + j];
+        const double score = static_cast<double>(a[i]) + matrix.scores[i * padded + j];
         const double xi = gamma[j] * std::exp(score - normaliser);
         slow[i] += static_cast<C>(xi);
         if (work.transition_grad) add_transition(k, i, j, coefficient * xi, sums);

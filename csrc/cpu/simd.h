@@ -62,6 +62,22 @@ FASTNLP_INLINE bool any(Simd<float>::I mask) {
 }
 FASTNLP_INLINE bool any(Simd<double>::I mask) { return (mask[0] | mask[1] | mask[2] | mask[3]) != 0; }
 
+// Bit l is set where lane l of the mask is.
+FASTNLP_INLINE unsigned bits_of(Simd<float>::I mask) {
+#ifdef __AVX2__
+  return static_cast<unsigned>(__builtin_ia32_movmskps256((Simd<float>::V)mask));
+#else
+  unsigned bits = 0;
+  for (int l = 0; l < 8; ++l) bits |= (mask[l] != 0) << l;
+  return bits;
+#endif
+}
+FASTNLP_INLINE unsigned bits_of(Simd<double>::I mask) {
+  unsigned bits = 0;
+  for (int l = 0; l < 4; ++l) bits |= (mask[l] != 0) << l;
+  return bits;
+}
+
 FASTNLP_INLINE float max_of(Simd<float>::V v) {
   typedef float H __attribute__((vector_size(16)));
   H lo = {v[0], v[1], v[2], v[3]};
@@ -194,15 +210,21 @@ struct BFloat16 {
 };
 
 // The first n of the padded lanes of a row; the rest is `fill`.
-FASTNLP_INLINE Simd<float>::I lanes_below(int64_t n) {
-  const Simd<float>::I index = {0, 1, 2, 3, 4, 5, 6, 7};
-  return index < (Simd<float>::I{} + static_cast<int32_t>(n));
+template <class C>
+FASTNLP_INLINE Mask<C> lanes_below(int64_t n) {
+  if constexpr (sizeof(C) == 4) {
+    const Mask<C> index = {0, 1, 2, 3, 4, 5, 6, 7};
+    return index < (Mask<C>{} + static_cast<int32_t>(n));
+  } else {
+    const Mask<C> index = {0, 1, 2, 3};
+    return index < (Mask<C>{} + n);
+  }
 }
 
 FASTNLP_INLINE void load_row(const float* row, int64_t n, int64_t padded, float fill, float* to) {
 #ifdef __AVX2__
   for (int64_t j = 0; j < padded; j += 8) {
-    const Simd<float>::I inside = lanes_below(n - j);
+    const Simd<float>::I inside = lanes_below<float>(n - j);
     store(to + j, inside ? __builtin_ia32_maskloadps256((const Simd<float>::V*)(row + j), inside) : splat(fill));
   }
 #else
