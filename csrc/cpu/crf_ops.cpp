@@ -157,10 +157,11 @@ struct Run {
         for (int64_t r = g; r < batch; r += groups) kernels.smooth(work, plan.sequences[r], scratch.get(), to);
       }
     });
+    for (int64_t g = 1; g < groups; ++g)
+      for (int64_t c = 0; c < width; ++c) sums[c] += sums[g * width + c];
     const auto total = [&](int64_t offset, int64_t count, const Tensor& to) {
       for (int64_t c = 0; c < count; ++c) {
-        double sum = 0;
-        for (int64_t g = 0; g < groups; ++g) sum += sums[g * width + offset + c];
+        const double sum = groups > 0 ? sums[offset + c] : 0;
         if (call.compute == ScalarType::Double)
           static_cast<double*>(to.mutable_data_ptr())[c] = sum;
         else

@@ -187,11 +187,17 @@ struct Side : Chain<C, BLOCK> {
   void flush(int64_t k, double coefficient, const CrfSums& sums) {
     if (!work.transition_grad) return;
     add_pending();
-    for (int64_t i = 0; i < n; ++i)
-      for (int64_t j = 0; j < n; ++j) {
-        const C xi = pairs[i * padded + j] * matrix.products[i * padded + j];
-        if (xi != 0) add_transition(k, i, j, coefficient * xi, sums);  // NaN is not 0
-      }
+    const bool each = work.problem.transitions_per_position;
+    for (int64_t i = 0; i < n; ++i) {
+      const C* pair = pairs + i * padded;
+      const C* product = matrix.products + i * padded;
+      if (each)
+        for (int64_t j = 0; j < n; ++j) add_transition(k, i, j, coefficient * (pair[j] * product[j]), sums);
+      else if (left)
+        for (int64_t j = 0; j < n; ++j) sums.transitions[i * n + j] += coefficient * (pair[j] * product[j]);
+      else
+        for (int64_t j = 0; j < n; ++j) sums.transitions[j * n + i] += coefficient * (pair[j] * product[j]);
+    }
     clear_pairs();
   }
   void clear_pairs() {
