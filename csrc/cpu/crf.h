@@ -58,7 +58,8 @@ struct CrfKernels {
 
   int64_t (*filter)(const CrfWork&, const CrfSequence&, void* scratch);  // the first k with a tag out of range, or -1
   void (*smooth)(const CrfWork&, const CrfSequence&, void* scratch, const CrfSums&);
-  void (*viterbi)(const CrfWork&, const CrfSequence&, void* scratch);
+  // One sequence, or two of which the first is the longer; twice the scratch of a path.
+  void (*viterbi)(const CrfWork&, const CrfSequence*, int64_t count, void* scratch);
   void (*viterbi_n_best)(const CrfWork&, const CrfSequence&, void* scratch);
   void (*sample)(const CrfWork&, const CrfSequence&, void* scratch);
   void (*entropy)(const CrfWork&, const CrfSequence&, void* scratch);

@@ -86,31 +86,40 @@ FASTNLP_INLINE int64_t first_max(const C* x, int64_t n, P padded) {
 // N operations a step. Rounding is monotone, so max_i(fl(a_i + T_ij)) + e_j equals max_i(fl(fl(a_i + T_ij) + e_j)): the
 // scores are those of torchcrf to the bit, and so are ties, which are compared with e_j added.
 template <class C, int BLOCK>
-void viterbi(const CrfWork& work, const CrfSequence& sequence, void* scratch) {
-  constexpr int lanes = Simd<C>::lanes;
-  constexpr int T = tile<BLOCK>;
-  Walk<C, BLOCK> walk(work, sequence, scratch);
-  const int64_t n = walk.n, length = sequence.length;
-  const auto padded = walk.padded;
-  C* score = static_cast<C*>(work.scores) + sequence.index;
-  *score = 0;
-  if (length < sequence.steps) walk.no_path(work.paths);
-  if (length == 0) return;
-  C* a = walk.memory;  // [length, P]
-  C* e = a + length * padded;
-  walk.read_emissions(0, a);
-  for (int64_t j = 0; j < n; ++j) a[j] = walk.start(j) + a[j];
-  for (int64_t k = 1; k < length; ++k) {
+struct Viterbi : Walk<C, BLOCK> {
+  using Base = Walk<C, BLOCK>;
+  static constexpr int lanes = Simd<C>::lanes;
+  static constexpr int T = tile<BLOCK>;
+  C* a;  // [length, P]
+  C* e;
+  int64_t tag = 0;
+
+  Viterbi(const CrfWork& work, const CrfSequence& sequence, void* scratch) : Base(work, sequence, scratch) {
+    a = this->memory;
+    e = a + sequence.length * this->padded;
+    if (sequence.length < sequence.steps) this->no_path(work.paths);
+    if (sequence.length == 0) {
+      static_cast<C*>(work.scores)[sequence.index] = 0;
+      return;
+    }
+    this->read_emissions(0, a);
+    for (int64_t j = 0; j < this->n; ++j) a[j] = this->start(j) + a[j];
+  }
+  void* behind() const { return e + this->padded; }
+
+  void forward_step(int64_t k) {
+    const int64_t n = this->n;
+    const auto padded = this->padded;
     const C* from = a + (k - 1) * padded;
     C* to = a + k * padded;
-    walk.enter(k, true, false);
-    walk.read_emissions(k, e);
+    this->enter(k, true, false);
+    this->read_emissions(k, e);
     for (int64_t block = 0; block < padded; block += T * lanes) {
       constexpr int unroll = T <= 2 ? 4 : T <= 4 ? 2 : 1;
       Vec<C> best[unroll][T];
       for (int u = 0; u < unroll; ++u)
         for (int v = 0; v < T; ++v) best[u][v] = splat(-static_cast<C>(INFINITY));
-      const C* scores = walk.forward.scores + block;
+      const C* scores = this->forward.scores + block;
       int64_t i = 0;
       for (; i + unroll <= n; i += unroll)
         for (int u = 0; u < unroll; ++u)
@@ -125,19 +134,52 @@ void viterbi(const CrfWork& work, const CrfSequence& sequence, void* scratch) {
       }
     }
   }
-  C* last = a + (length - 1) * padded;
-  for (int64_t j = 0; j < n; ++j) last[j] += walk.end(j);
-  int64_t tag = first_max(last, n, padded);
-  *score = last[tag];
-  work.paths[walk.row(length - 1)] = tag;
-  for (int64_t k = length - 1; k > 0; --k) {
-    walk.enter(k, false, true);
+  void turn() {
+    C* last = a + (this->sequence.length - 1) * this->padded;
+    for (int64_t j = 0; j < this->n; ++j) last[j] += this->end(j);
+    tag = first_max(last, this->n, this->padded);
+    static_cast<C*>(this->work.scores)[this->sequence.index] = last[tag];
+    this->work.paths[this->row(this->sequence.length - 1)] = tag;
+  }
+  void back_step(int64_t k) {
+    const auto padded = this->padded;
+    this->enter(k, false, true);
     const C* from = a + (k - 1) * padded;
-    const C* column = walk.backward.scores + tag * padded;
-    const Vec<C> emission = splat(walk.emission(k, tag));
+    const C* column = this->backward.scores + tag * padded;
+    const Vec<C> emission = splat(this->emission(k, tag));
     for (int64_t i = 0; i < padded; i += lanes) store(e + i, (load(from + i) + load(column + i)) + emission);
-    tag = first_max(e, n, padded);
-    work.paths[walk.row(k - 1)] = tag;
+    tag = first_max(e, this->n, padded);
+    this->work.paths[this->row(k - 1)] = tag;
+  }
+};
+
+// Two sequences take turns, the longer one first: a step waits for the one before it, and the other fills the wait.
+template <class C, int BLOCK>
+void viterbi(const CrfWork& work, const CrfSequence* sequences, int64_t count, void* scratch) {
+  Viterbi<C, BLOCK> one(work, sequences[0], scratch);
+  if (one.sequence.length == 0) {
+    if (count > 1) Viterbi<C, BLOCK>(work, sequences[1], scratch);
+    return;
+  }
+  const int64_t length = sequences[0].length;
+  const int64_t other = count > 1 ? sequences[1].length : 0;
+  if (other == 0) {
+    if (count > 1) Viterbi<C, BLOCK>(work, sequences[1], one.behind());
+    for (int64_t k = 1; k < length; ++k) one.forward_step(k);
+    one.turn();
+    for (int64_t k = length - 1; k > 0; --k) one.back_step(k);
+    return;
+  }
+  Viterbi<C, BLOCK> two(work, sequences[1], one.behind());
+  for (int64_t k = 1; k < length; ++k) {
+    one.forward_step(k);
+    if (k < other) two.forward_step(k);
+  }
+  one.turn();
+  two.turn();
+  for (int64_t k = length - 1; k > 0; --k) {
+    one.back_step(k);
+    if (k < other) two.back_step(k);
   }
 }
 

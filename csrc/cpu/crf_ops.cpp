@@ -211,7 +211,14 @@ std::tuple<Tensor, Tensor> crf_viterbi(const Tensor& emissions, const Tensor& tr
   Tensor scores = run.call.per_sequence();
   run.work.paths = paths.mutable_data_ptr<int64_t>();
   run.work.scores = scores.mutable_data_ptr();
-  run.each_path(run.kernels.viterbi);
+  // Pairs hide each other's latency; few sequences had better be shared out among the threads.
+  const int64_t batch = run.call.problem.batch;
+  const int64_t together = batch >= 4 ? 2 : 1;
+  run.parallel((batch + together - 1) / together, [&](int64_t begin, int64_t end) {
+    const Scratch scratch(2 * run.kernels.path_scratch(run.work, run.plan.longest));
+    for (int64_t r = begin * together; r < std::min(batch, end * together); r += together)
+      run.kernels.viterbi(run.work, &run.plan.sequences[r], std::min(together, batch - r), scratch.get());
+  });
   return {paths, scores};
 }
 
