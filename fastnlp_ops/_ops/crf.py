@@ -143,9 +143,10 @@ _register_forward("crf_log_likelihood", has_tags=True)
 
 
 class EagerLogLikelihood(torch.autograd.Function):
-    """crf_log_likelihood where the loss of eager training comes from: the registered formula costs twice the overhead.
+    """crf_log_likelihood where the loss of eager training comes from: fewer visits to Python than the registered formula.
 
-    At 1 x 128 x 9 a training step of the module takes 250 us through the registered formula and 165 us through this.
+    At 1 x 128 x 9, timed in turns, op, sum and backward take 164 us through the registered formula and 120 us through
+    this.
     """
 
     @staticmethod
