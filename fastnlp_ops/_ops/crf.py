@@ -143,7 +143,7 @@ _register_forward("crf_log_likelihood", has_tags=True)
 
 
 class EagerLogLikelihood(torch.autograd.Function):
-    """crf_log_likelihood where the loss of eager training comes from: fewer visits to Python than the registered formula.
+    """crf_log_likelihood for eager training: fewer visits to Python than the registered formula makes.
 
     At 1 x 128 x 9, timed in turns, op, sum and backward take 164 us through the registered formula and 120 us through
     this.
