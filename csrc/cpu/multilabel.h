@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "../dtype.h"
+#include "log_sum.h"
 
 namespace fastnlp {
 
@@ -33,13 +34,6 @@ struct MultilabelWork {
 
   int64_t blocks() const { return (classes + kMultilabelBlock - 1) / kMultilabelBlock; }  // items of one row
   int64_t items() const { return rows * blocks(); }
-};
-
-// sum e^x over some classes as scaled * e^top. The virtual class x = 0 is not in it, but top is at least 0. Where some
-// x is +inf, top is, and scaled is 0 or NaN.
-struct LogSum {
-  double top = 0;
-  double scaled = 0;
 };
 
 struct MultilabelKernels {

@@ -3,7 +3,6 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
-#include <cmath>
 #include <tuple>
 #include <vector>
 
@@ -69,16 +68,6 @@ struct Call {
             index[i], " at row ", i / work.indices, ", position ", i % work.indices);
   }
 };
-
-// log(1 + the sum of some parts), in their order.
-double log_one_plus(const LogSum* parts, int64_t count) {
-  double top = 0, scaled = 0;
-  for (int64_t i = 0; i < count; ++i) top = std::max(top, parts[i].top);
-  for (int64_t i = 0; i < count; ++i)
-    scaled += parts[i].top == top ? parts[i].scaled : parts[i].scaled * std::exp(parts[i].top - top);
-  if (top == INFINITY) return top + scaled;
-  return top == 0 ? std::log1p(scaled) : top + std::log(scaled + std::exp(-top));
-}
 
 void put(void* values, ScalarType compute, int64_t row, double value) {
   if (compute == ScalarType::Double)
