@@ -1,4 +1,5 @@
 // Scores of spans and their gradients, tile by tile; and the table of all kernels of GlobalPointer.
+#include "global_pointer_decode.h"
 #include "global_pointer_divergence.h"
 #include "global_pointer_loss.h"
 
@@ -144,6 +145,7 @@ GlobalPointerKernels table() {
   kernels.scores_backward = scores_backward<C>;
   kernels.loss = loss<C>;
   kernels.loss_backward = loss_backward<C>;
+  kernels.decode = decode<C>;
   kernels.divergence = divergence<C>;
   kernels.divergence_backward = divergence_backward<C>;
   return kernels;

@@ -67,6 +67,8 @@ struct GlobalPointerWork {
   const void* log_negative = nullptr;
   const void* log_positive = nullptr;
 
+  double threshold = 0;  // of decode
+
   void* dq = nullptr;  // like q and the biases, contiguous
   void* dk = nullptr;
   void* dstart_bias = nullptr;
@@ -87,6 +89,15 @@ static inline void add(SpanSums& sums, const SpanSums& block) {
   sums.divergence += block.divergence;
 }
 }  // namespace
+
+// A cell whose score is above the threshold.
+template <class C>
+struct SpanHit {
+  int32_t head;   // among those of the item
+  int32_t start;  // numbers of tokens, not positions
+  int32_t end;
+  C score;
+};
 
 struct SpanItem {
   const GlobalPointerWork* work;
@@ -119,6 +130,7 @@ struct GlobalPointerKernels {
   void (*loss)(const SpanItem&, const SpanPart&, void* scratch, SpanSums*);  // one sum for each head of the item
   void (*loss_backward)(const SpanItem&, const SpanPart&, void* scratch);
   void (*divergence)(const SpanItem&, const SpanItem&, const SpanPart&, void* scratch, SpanSums*);
+  void (*decode)(const SpanItem&, int64_t row_block, void* scratch, void* hits);  // std::vector<SpanHit<C>>
   void (*divergence_backward)(const SpanItem&, const SpanItem&, const SpanPart&, void* scratch);
 };
 

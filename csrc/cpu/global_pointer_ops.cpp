@@ -5,7 +5,7 @@
 #include <atomic>
 #include <tuple>
 
-#include "global_pointer_plan.h"
+#include "global_pointer_spans.h"
 
 namespace fastnlp {
 namespace {
@@ -266,6 +266,32 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> globa
   return std::tuple_cat(one, two);
 }
 
+template <class C>
+std::tuple<Tensor, Tensor> decode(Run& run) {
+  const GlobalPointerProblem& p = run.call.problem;
+  const int64_t blocks_of_item = (p.length + kSpanRows - 1) / kSpanRows;
+  std::vector<SpanBlock<C>> blocks(p.items() * blocks_of_item);
+  run.each_item(false, [&](const SpanItem* items, const SpanPart& part, void* scratch, SpanSums*) {
+    const SpanSequence& sequence = *items[0].sequence;
+    const int64_t first = (sequence.index * p.dot_heads + items[0].dot_head) * blocks_of_item;
+    for (int64_t r = part.row0; r < part.row1 && r < blocks_of_item; ++r) {
+      blocks[first + r].sequence = &sequence;
+      run.kernels.decode(items[0], r, scratch, &blocks[first + r].hits);
+    }
+  });
+  return sorted_spans(run.call, blocks, [&](int64_t count, const auto& f) {
+    in_parallel(count, false, [&](Queue& queue) {
+      for (int64_t block; queue.take(&block);) f(block);
+    });
+  });
+}
+
+std::tuple<Tensor, Tensor> global_pointer_decode(const Tensor& q, const Tensor& k, SPAN_OPTIONS, double threshold) {
+  Run run(q, k, SPAN_OPTION_VALUES);
+  run.works[0].threshold = threshold;
+  return run.call.compute == ScalarType::Double ? decode<double>(run) : decode<float>(run);
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(fastnlp_ops, CPU, m) {
@@ -273,6 +299,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastnlp_ops, CPU, m) {
   m.impl("global_pointer_scores_backward", TORCH_BOX(&global_pointer_scores_backward));
   m.impl("global_pointer_loss", TORCH_BOX(&global_pointer_loss));
   m.impl("global_pointer_loss_backward", TORCH_BOX(&global_pointer_loss_backward));
+  m.impl("global_pointer_decode", TORCH_BOX(&global_pointer_decode));
   m.impl("global_pointer_divergence", TORCH_BOX(&global_pointer_divergence));
   m.impl("global_pointer_divergence_backward", TORCH_BOX(&global_pointer_divergence_backward));
 }
