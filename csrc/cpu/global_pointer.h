@@ -67,7 +67,8 @@ struct GlobalPointerWork {
   const void* log_negative = nullptr;
   const void* log_positive = nullptr;
 
-  double threshold = 0;  // of decode
+  double threshold = 0;  // of decode,
+  void* hits = nullptr;  // which adds to these: std::vector<SpanHit<C>> [B, dot heads, blocks of n starts]
 
   void* dq = nullptr;  // like q and the biases, contiguous
   void* dk = nullptr;
@@ -117,21 +118,25 @@ struct SpanPart {
   bool ends;
 };
 
-struct GlobalPointerKernels {
-  // Bytes of an item's packed operands, and of the scratch that a thread gives to a kernel for `columns` blocks of
-  // ends.
+// One op, as the host calls it: packs the operands of an item, then runs parts of the item.
+struct SpanOp {
+  // Bytes of an item's packed operands, and of the scratch that a thread gives to `run` for `columns` blocks of ends.
   size_t (*packed_size)(const GlobalPointerProblem&, int64_t count);
   size_t (*scratch_size)(const GlobalPointerProblem&, int64_t columns);
-  // Rotates and packs the tokens begin .. end - 1, end a multiple of 16 or the last.
+  // Packs the tokens begin .. end - 1: whole blocks of columns, the last one to the end.
   void (*pack)(const SpanItem&, int64_t begin, int64_t end);
+  // `items`: one, or the two of a divergence. Forward passes set one sum for each head of the item.
+  void (*run)(const SpanItem* items, const SpanPart&, void* scratch, SpanSums*);
+};
 
-  void (*scores)(const SpanItem&, const SpanPart&, void* scratch);
-  void (*scores_backward)(const SpanItem&, const SpanPart&, void* scratch);
-  void (*loss)(const SpanItem&, const SpanPart&, void* scratch, SpanSums*);  // one sum for each head of the item
-  void (*loss_backward)(const SpanItem&, const SpanPart&, void* scratch);
-  void (*divergence)(const SpanItem&, const SpanItem&, const SpanPart&, void* scratch, SpanSums*);
-  void (*decode)(const SpanItem&, int64_t row_block, void* scratch, void* hits);  // std::vector<SpanHit<C>>
-  void (*divergence_backward)(const SpanItem&, const SpanItem&, const SpanPart&, void* scratch);
+struct GlobalPointerKernels {
+  SpanOp scores;
+  SpanOp scores_backward;
+  SpanOp loss;
+  SpanOp loss_backward;
+  SpanOp divergence;
+  SpanOp divergence_backward;
+  SpanOp decode;
 };
 
 namespace baseline {

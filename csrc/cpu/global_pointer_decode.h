@@ -52,29 +52,33 @@ struct Decode {
 };
 
 template <class C>
-void decode(const SpanItem& item, int64_t row_block, void* scratch, void* hits) {
-  const Packed<C> packed(item);
+void decode(const SpanItem* items, const SpanPart& part, void* scratch, SpanSums*) {
+  const Packed<C> packed(items[0]);
+  const GlobalPointerProblem& p = packed.p;
+  const int64_t item = packed.sequence.index * p.dot_heads + packed.dot_head;
+  auto* hits =
+      static_cast<std::vector<SpanHit<C>>*>(packed.work.hits) + item * ((p.length + kSpanRows - 1) / kSpanRows);
   const C threshold = static_cast<C>(packed.work.threshold);
   C* cells = static_cast<C*>(scratch);
-  const SpanPart all = {row_block, row_block + 1, 0, packed.sequence.column_blocks(), true, false};
-  each_column_block(packed.sequence, row_block, all, [&](int64_t c) {
-    const Tile<C> tile(packed, row_block, c);
-    tile.score(cells);
-    tile.fill_invalid(cells, kNone<C>);
-    const Decode<C> op = {tile, cells, threshold, *static_cast<std::vector<SpanHit<C>>*>(hits)};
-    const C most = op.largest();
-    if (!packed.biases) {
-      if (most > threshold) op.find(0, nullptr, nullptr);
-      return;
-    }
-    for (int64_t h = 0; h < packed.p.heads_per_dot(); ++h) {
-      const C* start = packed.start_bias(h);
-      const C* end = packed.end_bias(h);
-      const C bound = most + op.largest(start, tile.row0, tile.row0 + tile.rows) +
-                      op.largest(end, tile.column0, std::min(tile.column0 + tile.columns, packed.sequence.count));
-      if (bound > threshold) op.find(h, start, end);
-    }
-  });
+  for (int64_t r = part.row0; r < part.row1; ++r)
+    each_column_block(packed.sequence, r, part, [&](int64_t c) {
+      const Tile<C> tile(packed, r, c);
+      tile.score(cells);
+      tile.fill_invalid(cells, kNone<C>);
+      const Decode<C> op = {tile, cells, threshold, hits[r]};
+      const C most = op.largest();
+      if (!packed.biases) {
+        if (most > threshold) op.find(0, nullptr, nullptr);
+        return;
+      }
+      for (int64_t h = 0; h < p.heads_per_dot(); ++h) {
+        const C* start = packed.start_bias(h);
+        const C* end = packed.end_bias(h);
+        const C bound = most + op.largest(start, tile.row0, tile.row0 + tile.rows) +
+                        op.largest(end, tile.column0, std::min(tile.column0 + tile.columns, packed.sequence.count));
+        if (bound > threshold) op.find(h, start, end);
+      }
+    });
 }
 
 }  // namespace

@@ -24,8 +24,8 @@ struct Pair {
   C* dots[2];
   C* cells[2];
 
-  Pair(const SpanItem& one, const SpanItem& two, Arena& arena)
-      : packed{Packed<C>(one), Packed<C>(two)}, heads(packed[0].p.heads_per_dot()) {
+  Pair(const SpanItem* items, Arena& arena)
+      : packed{Packed<C>(items[0]), Packed<C>(items[1])}, heads(packed[0].p.heads_per_dot()) {
     for (int run = 0; run < 2; ++run) {
       dots[run] = arena.take<C>(Tile<C>::elements);
       cells[run] = packed[0].biases ? arena.take<C>(Tile<C>::elements) : dots[run];
@@ -42,14 +42,14 @@ struct Pair {
 };
 
 template <class C>
-void divergence(const SpanItem& one, const SpanItem& two, const SpanPart& part, void* scratch, SpanSums* sums) {
+void divergence(const SpanItem* items, const SpanPart& part, void* scratch, SpanSums* sums) {
   Arena arena(scratch);
-  const Pair<C> pair(one, two, arena);
+  const Pair<C> pair(items, arena);
   SpanSums* block = arena.take<SpanSums>(pair.heads);
   std::fill(sums, sums + pair.heads, SpanSums{});
   for (int64_t r = part.row0; r < part.row1; ++r) {
     std::fill(block, block + pair.heads, SpanSums{});
-    each_column_block(*one.sequence, r, part, [&](int64_t c) {
+    each_column_block(*items[0].sequence, r, part, [&](int64_t c) {
       const Tile<C> tile(pair.packed[0], r, c);
       tile.score(pair.dots[0]);
       Tile<C>(pair.packed[1], r, c).score(pair.dots[1]);
@@ -71,17 +71,17 @@ void divergence(const SpanItem& one, const SpanItem& two, const SpanPart& part, 
 }
 
 template <class C>
-void divergence_backward(const SpanItem& one, const SpanItem& two, const SpanPart& part, void* scratch) {
+void divergence_backward(const SpanItem* items, const SpanPart& part, void* scratch, SpanSums*) {
   Arena arena(scratch);
-  const Pair<C> pair(one, two, arena);
+  const Pair<C> pair(items, arena);
   C* totals[2] = {arena.take<C>(Tile<C>::elements), arena.take<C>(Tile<C>::elements)};
   const Gradients<C> gradients[2] = {{pair.packed[0], part, arena}, {pair.packed[1], part, arena}};
   const GlobalPointerProblem& p = pair.packed[0].p;
   const C* ddivergence =
-      static_cast<const C*>(one.work->dloss) + one.sequence->index * p.heads + pair.packed[0].head(0);
+      static_cast<const C*>(items[0].work->dloss) + items[0].sequence->index * p.heads + pair.packed[0].head(0);
   for (int64_t r = part.row0; r < part.row1; ++r) {
     for (const Gradients<C>& sink : gradients) sink.clear_rows();
-    each_column_block(*one.sequence, r, part, [&](int64_t c) {
+    each_column_block(*items[0].sequence, r, part, [&](int64_t c) {
       const Tile<C> tiles[2] = {{pair.packed[0], r, c}, {pair.packed[1], r, c}};
       for (int run = 0; run < 2; ++run) tiles[run].score(pair.dots[run]);
       for (int64_t h = 0; h < pair.heads; ++h) {
@@ -105,11 +105,11 @@ void divergence_backward(const SpanItem& one, const SpanItem& two, const SpanPar
       }
       for (int run = 0; run < 2; ++run) gradients[run].add_dots(tiles[run], totals[run]);
     });
-    gradients[0].write_rows(r, *one.work);
-    gradients[1].write_rows(r, *two.work);
+    gradients[0].write_rows(r, *items[0].work);
+    gradients[1].write_rows(r, *items[1].work);
   }
-  gradients[0].write_columns(*one.work);
-  gradients[1].write_columns(*two.work);
+  gradients[0].write_columns(*items[0].work);
+  gradients[1].write_columns(*items[1].work);
 }
 
 }  // namespace
