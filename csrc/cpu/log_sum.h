@@ -1,6 +1,7 @@
 // Sums of exponentials that neither overflow nor lose small terms.
 #pragma once
 #include <cmath>
+#include <cstdint>
 
 namespace fastnlp {
 
@@ -36,6 +37,16 @@ static inline void add(LogSum& sum, const LogSum& other) {
 static inline double with_one(const LogSum& sum) {
   if (sum.infinite) return INFINITY;
   return sum.top == 0 ? std::log1p(sum.scaled) : sum.top + std::log(std::exp(-sum.top) + sum.scaled);
+}
+
+// log(1 + the sum of some parts), in their order; the top of an infinite part is +inf, its scaled 0 or NaN.
+static inline double log_one_plus(const LogSum* parts, int64_t count) {
+  double top = 0, scaled = 0;
+  for (int64_t i = 0; i < count; ++i) top = parts[i].top > top ? parts[i].top : top;
+  for (int64_t i = 0; i < count; ++i)
+    scaled += parts[i].top == top ? parts[i].scaled : parts[i].scaled * std::exp(parts[i].top - top);
+  if (top == INFINITY) return top + scaled;
+  return top == 0 ? std::log1p(scaled) : top + std::log(scaled + std::exp(-top));
 }
 
 }  // namespace
