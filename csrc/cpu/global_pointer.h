@@ -80,14 +80,6 @@ struct SpanSums {
   double divergence = 0;
 };
 
-namespace {
-static inline void add(SpanSums& sums, const SpanSums& block) {
-  add(sums.negative, block.negative);
-  add(sums.positive, block.positive);
-  sums.divergence += block.divergence;
-}
-}  // namespace
-
 struct SpanItem {
   const GlobalPointerWork* work;
   const SpanSequence* sequence;
@@ -124,6 +116,8 @@ struct GlobalPointerKernels {
   SpanOp loss_backward;
   SpanOp divergence;
   SpanOp divergence_backward;
+  // sums += those of the next blocks of rows, in the arithmetic in which kernels add up theirs.
+  void (*merge)(SpanSums* sums, const SpanSums* next, int64_t heads);
 };
 
 namespace baseline {

@@ -47,11 +47,8 @@ struct LossRow {
 template <class C>
 void add_scores(LogSum& sum, const Tile<C>& tile, const C* cells) {
   const C top = tile.largest(cells);
-  if (top == static_cast<C>(INFINITY)) {
-    sum.infinite = true;
-    return;
-  }
   raise(sum, top);
+  if (top == static_cast<C>(INFINITY)) return;
   const Vec<C> shift = splat(static_cast<C>(sum.top));
   Vec<C> total = {};
   for (int64_t r = 0; r < tile.rows; ++r) {
@@ -102,7 +99,7 @@ void loss(const SpanItem* items, const SpanPart& part, void* scratch, SpanSums* 
       }
       add_scores(block.negative, tile, cells);
     });
-    add(*sums, block);
+    merge(sums, &block, 1);
   }
 }
 
