@@ -114,9 +114,8 @@ FASTNLP_INLINE Simd<float>::V exponential(Simd<float>::V x) {
   y = y * r + splat(1.6666665459e-1f);
   y = y * r + splat(5.0000001201e-1f);
   y = y * (r * r) + r + splat(1.0f);
-  const V scaled = (V)((I)y + ((I)shifted << 23));
-  const V result = x < splat(-87.3f) ? V{} : scaled;
-  return x == x ? result : x;
+  const V power = (V)(((I)shifted << 23) + 0x3f800000);  // 2^n; the product is exact, and NaN where y is
+  return x < splat(-87.3f) ? V{} : y * power;
 }
 
 // log for normal positive x; NaN stays NaN, anything else gives a finite number that the caller does not use.
