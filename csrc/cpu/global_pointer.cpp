@@ -1,4 +1,5 @@
 // Scores of spans and their gradients, tile by tile; and the table of all kernels of GlobalPointer.
+#include "global_pointer_decode.h"
 #include "global_pointer_divergence.h"
 #include "global_pointer_loss.h"
 #include "global_pointer_shared_loss.h"
@@ -151,6 +152,7 @@ GlobalPointerKernels table(const GlobalPointerProblem& problem) {
                                   with(dense, loss_backward<C>),
                                   with(dense, divergence<C>),
                                   with(dense, divergence_backward<C>),
+                                  with(dense, decode<C>),
                                   merge};
   if (problem.heads_per_dot() > 1) {
     kernels.loss = shared_loss_op<C, false>();

@@ -67,6 +67,9 @@ struct GlobalPointerWork {
   const void* log_negative = nullptr;
   const void* log_positive = nullptr;
 
+  double threshold = 0;  // of decode,
+  void* hits = nullptr;  // which adds to these: std::vector<SpanHit<C>> [B, dot heads, blocks of n starts]
+
   void* dq = nullptr;  // like q and the biases, contiguous
   void* dk = nullptr;
   void* dstart_bias = nullptr;
@@ -78,6 +81,15 @@ struct SpanSums {
   LogSum negative;
   LogSum positive;
   double divergence = 0;
+};
+
+// A cell whose score is above the threshold.
+template <class C>
+struct SpanHit {
+  int32_t head;   // among those of the item
+  int32_t start;  // numbers of tokens, not positions
+  int32_t end;
+  C score;
 };
 
 struct SpanItem {
@@ -116,6 +128,7 @@ struct GlobalPointerKernels {
   SpanOp loss_backward;
   SpanOp divergence;
   SpanOp divergence_backward;
+  SpanOp decode;
   // sums += those of the next blocks of rows, in the arithmetic in which kernels add up theirs.
   void (*merge)(SpanSums* sums, const SpanSums* next, int64_t heads);
 };

@@ -5,7 +5,7 @@
 #include <atomic>
 #include <tuple>
 
-#include "global_pointer_plan.h"
+#include "global_pointer_spans.h"
 
 namespace fastnlp {
 namespace {
@@ -252,6 +252,25 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> globa
   return std::tuple_cat(one, two);
 }
 
+template <class C>
+std::tuple<Tensor, Tensor> decode(Run& run) {
+  const GlobalPointerProblem& p = run.call.problem;
+  std::vector<std::vector<SpanHit<C>>> hits(p.items() * ((p.length + kSpanRows - 1) / kSpanRows));
+  run.works[0].hits = hits.data();
+  run.each_item(run.kernels.decode, false);
+  return sorted_spans(run.call, run.plan, hits, [&](int64_t count, const auto& f) {
+    in_parallel(count, false, [&](Queue& queue) {
+      for (int64_t block; queue.take(&block);) f(block);
+    });
+  });
+}
+
+std::tuple<Tensor, Tensor> global_pointer_decode(const Tensor& q, const Tensor& k, SPAN_OPTIONS, double threshold) {
+  Run run(q, k, SPAN_OPTION_VALUES);
+  run.works[0].threshold = threshold;
+  return run.call.compute == ScalarType::Double ? decode<double>(run) : decode<float>(run);
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(fastnlp_ops, CPU, m) {
@@ -259,6 +278,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastnlp_ops, CPU, m) {
   m.impl("global_pointer_scores_backward", TORCH_BOX(&global_pointer_scores_backward));
   m.impl("global_pointer_loss", TORCH_BOX(&global_pointer_loss));
   m.impl("global_pointer_loss_backward", TORCH_BOX(&global_pointer_loss_backward));
+  m.impl("global_pointer_decode", TORCH_BOX(&global_pointer_decode));
   m.impl("global_pointer_divergence", TORCH_BOX(&global_pointer_divergence));
   m.impl("global_pointer_divergence_backward", TORCH_BOX(&global_pointer_divergence_backward));
 }
