@@ -53,8 +53,8 @@ def exact_cell_gradients(s, positive):
 @pytest.mark.parametrize("hard", [-20.0, 2.0])
 @pytest.mark.parametrize("s_pos", [5.0, 12.0, 15.0, 16.0, 20.0, 30.0, 50.0, 100.0])
 def test_confident_positives(s_pos, hard, positives, device):
-    """Ports subtract the labels from the sum over all cells: past s = 12 their loss is negative, and its gradient pushes
-    right spans down and leaves wrong ones alone. Here 4,096 cells at -20, one hard negative, labels at s_pos.
+    """Ports subtract the labels from the sum over all cells: past s = 12 their loss is negative, and its gradient
+    pushes right spans down and leaves wrong ones alone. Here 4,096 cells at -20, a hard negative, labels at s_pos.
     """
     s = torch.full((1, 1, 64, 64), -20.0)
     s[0, 0, 40, 50] = hard
@@ -286,7 +286,7 @@ def test_equal_passes(device):
     same = problem.with_inputs(*problem.inputs[:4], *problem.inputs[:4])
     assert not divergence(fastnlp_ops, same).any()
     for own in gradients(divergence, fastnlp_ops, same, None, torch.ones(2, 3, device=device)):
-        assert not own.any()
+        assert own.abs().max() <= 1e-7  # products of sigmoids, rounded apart
     far = problem_of(torch.full((1, 1, 4, 4), 1e30, device=device))
     far.second = (-far.q, far.k, None, None)
     assert divergence(fastnlp_ops, far).item() == pytest.approx(2e31, rel=1e-6)
@@ -407,7 +407,7 @@ labels = torch.randint(0, n, (B, H, 20, 2)).sort(-1).values
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 loss = fastnlp_ops.global_pointer_loss(q, k, labels)
 loss.backward()
-spans, _ = fastnlp_ops.global_pointer_decode(q.detach(), k.detach(), threshold=6.0)
+spans, _ = fastnlp_ops.global_pointer_decode(q.detach(), k.detach(), threshold=4.5)
 after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 print(loss.item(), len(spans), (after - before) * 1024 / (q.nbytes + k.nbytes))
 """
@@ -423,4 +423,4 @@ def test_memory(n, H, device):
     assert result.returncode == 0, result.stderr
     value, spans, growth = map(float, result.stdout.split())
     assert 0 < value < 1000 and spans > 0
-    assert growth < 4, f"memory grew by {growth:.1f} times q and k"
+    assert growth <= 3, f"memory grew by {growth:.1f} times q and k"
