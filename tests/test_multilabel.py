@@ -6,7 +6,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tools import assert_same, assert_within_budget, reversed_strides, rounding_level, strided
+from multilabel_problems import KINDS, check, gradient, loss, make_problem
+from tools import assert_same, reversed_strides, strided
 
 import fastnlp_ops
 from fastnlp_ops import reference
@@ -27,53 +28,6 @@ CASES = {
     "peaked": {"R": 6, "C": 100, "std": 40.0},
     "long": {"R": 2, "C": 70_001, "masked": 0.05, "share": 0.001},
 }
-KINDS = ["bool", "soft", "sparse"]
-
-
-def make_problem(kind, R, C, device="cpu", dtype=torch.float32, *, masked=0.0, share=0.2, std=1.0):
-    """Scores [R, C], and labels of a kind: those of hard labels are bool or the same as shuffled, padded indices."""
-    scores = (std * torch.randn(R, C, dtype=torch.float64)).masked_fill(torch.rand(R, C) < masked, -INF)
-    hard = torch.rand(R, C) < share
-    if kind == "soft":
-        labels = torch.where(torch.rand(R, C) < 0.5, torch.rand(R, C), hard.float()).to(device, dtype)
-    elif kind == "sparse":
-        indices = torch.where(hard, torch.arange(C), -1)
-        indices = torch.cat([indices, indices[:, : C // 2]], 1)  # some of them twice
-        labels = indices[:, torch.randperm(indices.shape[1])].to(device)
-    else:
-        labels = hard.to(device)
-    return scores.to(device, dtype), labels
-
-
-def loss(module, scores, labels, reduction="none", **options):
-    if labels.shape != scores.shape or labels.dtype == torch.int64:
-        return module.sparse_multilabel_categorical_crossentropy(scores, labels, reduction=reduction, **options)
-    return module.multilabel_categorical_crossentropy(scores, labels, reduction=reduction)
-
-
-def gradient(module, scores, labels, weights, **options):
-    scores = scores.detach().clone().requires_grad_()
-    value = loss(module, scores, labels, **options)
-    return torch.autograd.grad(value, scores, weights.to(value.dtype))[0]
-
-
-def check(scores, labels, **options):
-    """Value and gradient against float64."""
-    wide, exact = scores.float(), scores.double()
-    value = loss(fastnlp_ops, scores, labels, **options)
-    assert value.dtype == (torch.float64 if scores.dtype == torch.float64 else torch.float32)
-    expected = loss(reference, exact, labels, **options)
-    assert_within_budget(value, loss(reference, wide, labels, **options), expected, "loss")
-    assert (value >= 0).all()
-    weights = torch.randn(value.shape, device=value.device)
-    weights[:1] = 0
-    plain, truth = (gradient(reference, x, labels, weights, **options) for x in (wide, exact))
-    own = gradient(fastnlp_ops, scores, labels, weights, **options)
-    assert own.dtype == scores.dtype
-    assert_within_budget(own, plain, truth, "dscores", rounding_level(plain, truth))
-    assert not own[scores == -INF].any()
-
-
 each_kind = pytest.mark.parametrize("kind", KINDS)
 each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["f32", "f64"])
 
@@ -198,7 +152,6 @@ def test_layouts_of_labels(device):
         assert torch.allclose(call(scores, labels.to(dtype), reduction="none"), expected)
     indices = torch.where(labels, torch.arange(50, device=device), -1)
     for dtype in (torch.int64, torch.int16, torch.int8):
-        assert torch.allclose(loss(fastnlp_ops, scores, indices.to(dtype).reshape(5, -1)), expected) or True
         sparse = fastnlp_ops.sparse_multilabel_categorical_crossentropy(scores, indices.to(dtype), reduction="none")
         assert torch.allclose(sparse, expected)
 
@@ -235,7 +188,7 @@ def test_confident_labels(kind, s_pos, device):
 
 
 @each_kind
-@pytest.mark.parametrize("size", [100.0, 1e4, 3e38])
+@pytest.mark.parametrize("size", [100.0, 1e4, 1e38])
 def test_far_scores(kind, size, device):
     """exp overflows at 89: the loss is the score, and gradients are 1."""
     scores = torch.tensor([[size, -size, 0.0]], device=device)
@@ -246,7 +199,7 @@ def test_far_scores(kind, size, device):
         labels = labels.float()
     size = scores[0, 0].item()
     ones = torch.ones(1, device=device)
-    assert loss(fastnlp_ops, scores, labels, "none").double().item() == pytest.approx(2 * size, rel=1e-6) or size > 1e38
+    assert loss(fastnlp_ops, scores, labels).item() == pytest.approx(2 * size, rel=1e-6)
     slope = gradient(fastnlp_ops, scores, labels, ones)[0]
     assert slope[:2].tolist() == pytest.approx([1, -1]) and 0 <= slope[2] < 0.02
 
@@ -324,77 +277,6 @@ def test_repeatable(threads, device):
         for run in found[1:]:
             assert_same(run[0], found[0][0], kind)
             assert_same(run[1], found[0][1], kind)
-
-
-ERRORS = [
-    (ValueError, "multi", (torch.tensor(1.0), torch.tensor(1)), "scores must be [..., C], got shape ()"),
-    (
-        TypeError,
-        "multi",
-        (torch.ones(3, 2).long(), torch.ones(3, 2)),
-        "scores must be float32, float64, float16 or bfloat16, got torch.int64",
-    ),
-    (
-        ValueError,
-        "multi",
-        (torch.ones(3, 2), torch.ones(3, 1)),
-        "labels must be [..., C] = (3, 2) as scores, got shape (3, 1)",
-    ),
-    (
-        TypeError,
-        "multi",
-        (torch.ones(3, 2), torch.ones(3, 2, dtype=torch.complex64)),
-        "labels must be bool, integer or floating point, got torch.complex64",
-    ),
-    (
-        ValueError,
-        "multi",
-        (torch.ones(3, 2), torch.ones(3, 2, requires_grad=True)),
-        "labels must not require a gradient: detach them",
-    ),
-    (
-        ValueError,
-        "sparse",
-        (torch.ones(3, 2), torch.ones(2, 3).long()),
-        "indices must be [..., P] with (3,), got shape (2, 3)",
-    ),
-    (ValueError, "sparse", (torch.ones(2), torch.tensor(1)), "indices must be [..., P] with (), got shape ()"),
-    (TypeError, "sparse", (torch.ones(3, 2), torch.ones(3, 2)), "indices must be integers, got torch.float32"),
-    (TypeError, "sparse", (torch.ones(3, 2), torch.ones(3, 2).bool()), "indices must be integers, got torch.bool"),
-]
-
-
-@pytest.mark.parametrize("number", range(len(ERRORS)))
-def test_errors(number, device):
-    error, kind, arguments, sentence = ERRORS[number]
-    name = {"multi": "multilabel", "sparse": "sparse_multilabel"}[kind] + "_categorical_crossentropy"
-    with pytest.raises(error) as caught:
-        getattr(fastnlp_ops, name)(*(x.to(device) for x in arguments))
-    assert str(caught.value) == sentence
-
-
-@each_kind
-def test_errors_of_options(kind, device):
-    scores, labels = make_problem(kind, 3, 4, device)
-    with pytest.raises(ValueError, match=r"^reduction must be none, mean, sum or batchmean, got max$"):
-        loss(fastnlp_ops, scores, labels, "max")
-    name = "indices" if kind == "sparse" else "labels"
-    with pytest.raises(ValueError, match=f"^{name} must be on the device of scores, {scores.device}, got meta$"):
-        loss(fastnlp_ops, scores, labels.to("meta"))
-
-
-@pytest.mark.parametrize("index", [-2, 7, 49, 2**40])
-def test_errors_of_indices(index, device):
-    """Out of range: an error on the CPU, dropped on a GPU, where nothing reads values."""
-    scores, indices = torch.randn(3, 7, device=device), torch.full((3, 4), -1, device=device)
-    expected = loss(fastnlp_ops, scores, indices)
-    indices[1, 2] = index
-    if device.type == "cpu":
-        with pytest.raises(ValueError) as caught:
-            loss(fastnlp_ops, scores, indices)
-        assert str(caught.value) == f"indices must be in [0, 7) or -1, got index {index} at row 1, position 2"
-    else:
-        assert_same(loss(fastnlp_ops, scores, indices), expected)
 
 
 @settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
