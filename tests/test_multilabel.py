@@ -126,6 +126,8 @@ def test_layouts_of_rows(kind, device):
     gap = torch.cat([scores, torch.full_like(scores, math.nan)], 1)[:, :17]
     assert_same(loss(fastnlp_ops, gap, labels), expected)
     assert_same(loss(fastnlp_ops, scores[3], labels[3]), expected[3])
+    nothing = torch.randn(17, 3, device=device)[:, :0].t()  # no rows, and a stride of 3 between their classes
+    assert loss(fastnlp_ops, nothing, labels[:0]).shape == (0,)
     assert_same(loss(fastnlp_ops, scores[:1].expand(4, -1), labels[:1].expand(4, -1)), expected[:1].expand(4).clone())
 
 
