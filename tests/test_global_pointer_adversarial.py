@@ -373,6 +373,16 @@ def test_second_derivatives_by_parts(monkeypatch, device):
                 assert torch.allclose(own, x, rtol=1e-12, atol=1e-12)
 
 
+def test_second_derivatives_read_no_invalid_cell(device):
+    """What flows back into a cell of -inf may be NaN: derivatives of derivatives never see it either."""
+    problem, leaves = make_problem(2, 9, 2, 4, device, mask="holes", shared=True).leaves()
+    weights = torch.where(problem.valid, 1.0, math.nan).requires_grad_()
+    s = scores(fastnlp_ops, problem)
+    first = torch.autograd.grad(s, leaves[:4], weights, create_graph=True)
+    for own in torch.autograd.grad(sum(x.nan_to_num().sin().sum() for x in first), [weights, *leaves[:2]]):
+        assert own.isfinite().all() and own.any()
+
+
 @pytest.mark.parametrize("output", [0, 1])
 def test_one_of_the_two_sums(output, device):
     """The op has two outputs: each has its own gradient, which the loss adds up, to second order."""

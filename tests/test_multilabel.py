@@ -11,7 +11,7 @@ from tools import assert_same, reversed_strides, strided
 
 import fastnlp_ops
 from fastnlp_ops import reference
-from fastnlp_ops.reference.multilabel import indices_to_labels
+from fastnlp_ops.reference.multilabel import indices_to_labels, log_sums
 
 INF = math.inf
 CASES = {
@@ -225,6 +225,24 @@ def test_soft_labels_next_to_hard_ones(t, device):
     scores = torch.tensor([[-80.0, 80.0, 0.3]], device=device)
     labels = torch.tensor([[t, t, 0.5]], device=device)
     check(scores, labels)
+
+
+@each_kind
+@pytest.mark.parametrize("output", [0, 1])
+def test_one_of_the_two_sums(kind, output, device):
+    """The op has two outputs: each has its own gradient, which the loss adds up, to second order."""
+    scores, labels = make_problem(kind, 4, 9, device, torch.float64, masked=0.2)
+    name = ("sparse_" if kind == "sparse" else "") + "multilabel_categorical_crossentropy"
+    dense = indices_to_labels(scores, labels) if kind == "sparse" else labels
+    found = []
+    for function in (
+        lambda s: getattr(torch.ops.fastnlp_ops, name)(s, labels)[output],
+        lambda s: log_sums(s, dense)[output],
+    ):
+        s = scores.clone().requires_grad_()
+        (first,) = torch.autograd.grad(function(s).cos().sum(), s, create_graph=True)
+        found += [first.detach(), *torch.autograd.grad(first.sin().sum(), s)]
+    assert torch.allclose(found[0], found[2]) and torch.allclose(found[1], found[3])
 
 
 def test_mask_zero(device):
