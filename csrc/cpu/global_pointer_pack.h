@@ -55,17 +55,55 @@ FASTNLP_INLINE Simd<double>::V each_twice(Simd<double>::V x, bool upper) {
   return upper ? __builtin_shuffle(x, Simd<double>::I{2, 2, 3, 3}) : __builtin_shuffle(x, Simd<double>::I{0, 0, 1, 1});
 }
 
-// (x0, x1) -> (x0 cos - x1 sin, x1 cos + x0 sin) for each pair of a row; sign -1 turns back.
+// Swaps lane l + step of a with lane l of b wherever bit `step` of l is 0.
+template <int STEP>
+FASTNLP_INLINE void swap_blocks(Simd<float>::V& a, Simd<float>::V& b) {
+  Simd<float>::I first, second;
+  for (int l = 0; l < 8; ++l) {
+    first[l] = l & STEP ? 8 + l - STEP : l;
+    second[l] = l & STEP ? 8 + l : l + STEP;
+  }
+  const Simd<float>::V old = a;
+  a = __builtin_shuffle(old, b, first);
+  b = __builtin_shuffle(old, b, second);
+}
+template <int STEP>
+FASTNLP_INLINE void swap_blocks(Simd<double>::V& a, Simd<double>::V& b) {
+  Simd<double>::I first, second;
+  for (int l = 0; l < 4; ++l) {
+    first[l] = l & STEP ? 4 + l - STEP : l;
+    second[l] = l & STEP ? 4 + l : l + STEP;
+  }
+  const Simd<double>::V old = a;
+  a = __builtin_shuffle(old, b, first);
+  b = __builtin_shuffle(old, b, second);
+}
+template <int STEP, int LANES, class V>
+FASTNLP_INLINE void transpose_step(V (&rows)[LANES]) {
+  for (int m = 0; m < LANES; ++m)
+    if (!(m & STEP)) swap_blocks<STEP>(rows[m], rows[m + STEP]);
+}
+FASTNLP_INLINE void transpose(Simd<float>::V (&rows)[8]) {
+  transpose_step<4>(rows);
+  transpose_step<2>(rows);
+  transpose_step<1>(rows);
+}
+FASTNLP_INLINE void transpose(Simd<double>::V (&rows)[4]) {
+  transpose_step<2>(rows);
+  transpose_step<1>(rows);
+}
+
+// to <- scale (x0 cos - x1 sin, x1 cos + x0 sin) for each pair (x0, x1) of a row; sign -1 turns back.
 template <class C>
-FASTNLP_INLINE void rotate(C* row, int64_t width, const C* cosines, const C* sines, C sign) {
+FASTNLP_INLINE void rotate(const C* row, int64_t width, const C* cosines, const C* sines, C sign, C scale, C* to) {
   constexpr int lanes = Simd<C>::lanes;
   Vec<C> signs;
-  for (int l = 0; l < lanes; ++l) signs[l] = l % 2 ? sign : -sign;
+  for (int l = 0; l < lanes; ++l) signs[l] = l % 2 ? sign * scale : -sign * scale;
   for (int64_t x = 0; x < width; x += 2 * lanes) {
-    const Vec<C> cosine = load(cosines + x / 2), sine = load(sines + x / 2);
+    const Vec<C> cosine = load(cosines + x / 2) * splat(scale), sine = load(sines + x / 2);
     for (int half = 0; half < 2; ++half) {
       const Vec<C> pair = load(row + x + half * lanes);
-      store(row + x + half * lanes,
+      store(to + x + half * lanes,
             pair * each_twice(cosine, half) + swap_pairs(pair) * (signs * each_twice(sine, half)));
     }
   }
@@ -153,17 +191,31 @@ struct Packed {
     constexpr int lanes = Simd<C>::lanes;
     for (int64_t t = begin; t < end; ++t) {
       C* row = to + t * width;
-      load_row(data + offset(tensor, t, dot_head), p.size, width, C{0}, row);
-      if (p.rope) rotate(row, width, cosines(t), sines(t), C{1});
-      if (scale != C{1})
+      const S* from = data + offset(tensor, t, dot_head);
+      if constexpr (sizeof(S) == sizeof(C)) {
+        if (p.rope && width == p.size) {
+          rotate(from, width, cosines(t), sines(t), C{1}, scale, row);
+          continue;
+        }
+      }
+      load_row(from, p.size, width, C{0}, row);
+      if (p.rope)
+        rotate(row, width, cosines(t), sines(t), C{1}, scale, row);
+      else if (scale != C{1})
         for (int64_t x = 0; x < width; x += lanes) store(row + x, load(row + x) * splat(scale));
     }
   }
 
   void transpose_panel(int64_t t) const {
+    constexpr int lanes = Simd<C>::lanes;
     C* to = panels + t * p.size;
-    for (int64_t x = 0; x < p.size; ++x)
-      for (int64_t l = 0; l < kPanel<C>; ++l) to[x * kPanel<C> + l] = k[(t + l) * width + x];
+    for (int64_t x = 0; x < p.size; x += lanes)
+      for (int64_t l = 0; l < kPanel<C>; l += lanes) {
+        Vec<C> block[lanes];
+        for (int m = 0; m < lanes; ++m) block[m] = load(k + (t + l + m) * width + x);
+        transpose(block);
+        for (int m = 0; m < lanes && x + m < p.size; ++m) store(to + (x + m) * kPanel<C> + l, block[m]);
+      }
   }
 
   // Gradients of q or k as they are summed up, [width] for each of the tokens begin .. end - 1, become rows of dq or
@@ -182,8 +234,9 @@ struct Packed {
       for (int64_t t = begin; t < end; ++t) {
         C* row = rows + (t - begin) * width;
         skip_to(sequence.position[t]);
-        if (p.rope) rotate(row, width, cosines(t), sines(t), C{-1});
-        if (scale != C{1})
+        if (p.rope)
+          rotate(row, width, cosines(t), sines(t), C{-1}, scale, row);
+        else if (scale != C{1})
           for (int64_t x = 0; x < width; x += lanes) store(row + x, load(row + x) * splat(scale));
         store_rounded(at(next++), p.size, row);
       }
