@@ -1,6 +1,7 @@
 """The GlobalPointer functions against their reference: values, gradients, compilation."""
 
 import functools
+import itertools
 
 import pytest
 import torch
@@ -105,6 +106,31 @@ def test_gradcheck(function, case, device):
 def test_gradgradcheck(function, case, device):
     problem, leaves = small_problem(case, device, n=3, d=2).leaves()
     assert torch.autograd.gradgradcheck(as_function(function, problem), leaves[: used(function, problem)])
+
+
+def expected_cells(problem):
+    """What the kernels are given as labels, one label after the other."""
+    B, n = problem.q.shape[:2]
+    none, cells = B * problem.heads * n * n, []
+    valid = problem.valid
+    for b, h, p in itertools.product(range(B), range(problem.heads), range(problem.labels.shape[2])):
+        i, j = problem.labels[b, h, p].tolist()
+        drop = i < 0 or j < 0 or not valid[b, h, i, j] or (problem.mask_zero and i == j == 0)
+        cells.append(none if drop else ((b * problem.heads + h) * n + i) * n + j)
+    if problem.mask_zero:  # the cell (0, 0) of each row is in neither sum
+        cells += [-1 - row * n * n for row in range(B * problem.heads)]
+    return sorted(cells)
+
+
+@pytest.mark.parametrize("mask_zero", [False, True])
+@pytest.mark.parametrize("case", ["prime", "band", "band_of_pairs", "relations", "no_label", "no_token", "no_sequence"])
+def test_cells(case, mask_zero, device):
+    problem = make_problem(device=device, **{"labels": 9, **CASES[case]}, mask_zero=mask_zero)
+    B, n = problem.q.shape[:2]
+    problem.labels[:, :, 3:4] = 0 if n else -1
+    longest = -1 if problem.max_span_length is None else problem.max_span_length
+    options = (problem.mask, B, problem.heads, n, problem.tril_mask, longest, mask_zero)
+    assert torch.ops.fastnlp_ops.global_pointer_cells(problem.labels, *options).tolist() == expected_cells(problem)
 
 
 OPTIONS = (True, True, 3, 0.5)
