@@ -10,10 +10,11 @@ GlobalPointer has one pair, H = 1, that finds spans, and the biases, cheap in pa
 R_i is the rotation of RoPE (Su et al. 2021) at position i: the pair (x_2m, x_2m+1) turns by the angle i theta_m with
 theta_m = 10000^{-2m/d}, m = 0 .. d/2 - 1,
 
-    (R_i x)_2m = x_2m cos(i theta_m) - x_2m+1 sin(i theta_m)      (R_i x)_2m+1 = x_2m sin(i theta_m) + x_2m+1 cos(i theta_m)
+    (R_i x)_2m   = x_2m cos(i theta_m) - x_2m+1 sin(i theta_m)
+    (R_i x)_2m+1 = x_2m sin(i theta_m) + x_2m+1 cos(i theta_m)
 
-and as R_i^T R_j = R_{j-i}, a score knows how far apart its ends are and not where they stand: padding on the left changes
-nothing. The angle is taken in float64: float32 would round position 8,000 times theta by 5e-4 of a radian.
+and as R_i^T R_j = R_{j-i}, a score knows how far apart its ends are and not where they stand: padding on the left
+changes nothing. The angle is taken in float64: float32 rounds that of position 8,000 by up to 2e-4.
 
 A cell (i, j) is valid where both ends are on in the mask, j >= i (tril_mask: spans do not end before they start) and
 |j - i| < max_span_length. Scores of other cells are -inf, and what masked tokens hold is never read.
@@ -27,17 +28,20 @@ A cell (i, j) is valid where both ends are on in the mask, j >= i (tril_mask: sp
 
 Gradients follow from dL/ds of reference/multilabel.py and ds: with G = dL/ds [n, n],
 
-    dq_i = scale R_i^T sum_j G_ij R_j k_j     dk_j = scale R_j^T sum_i G_ij R_i q_i     dstart_i = sum_j G_ij     dend_j = sum_i G_ij
+    dq_i = scale R_i^T sum_j G_ij R_j k_j      dstart_i = sum_j G_ij
+    dk_j = scale R_j^T sum_i G_ij R_i q_i      dend_j   = sum_i G_ij
 
 Any device; half precision is computed in float32; what returns numbers is differentiable twice.
 
 References:
     Su, Murtadha, Pan, Hou, Sun, Huang, Wen, Liu: Global Pointer: Novel Efficient Span-based Approach for Named Entity
-    Recognition. arXiv 2208.03054, 2022a. Equations (4)-(7): scores and RoPE; (8)-(10): the efficient form.
-    Su, Lu, Pan, Murtadha, Wen, Liu: RoFormer: Enhanced Transformer with Rotary Position Embedding. arXiv 2104.09864, 2021.
-    Su et al.: ZLPR: A Novel Loss for Multi-label Classification. arXiv 2208.02955, 2022.
-    Su: GlobalPointer, https://kexue.fm/archives/8373, 2021; Efficient GlobalPointer, https://kexue.fm/archives/8877, 2022;
-    R-Drop and VAT for multilabel classification, https://kexue.fm/archives/9039, 2022b.
+    Recognition. arXiv 2208.03054, 2022a.
+    Su, Lu, Pan, Murtadha, Wen, Liu: RoFormer: Enhanced Transformer with Rotary Position Embedding. arXiv 2104.09864,
+    2021. Equation (34) is the rotation.
+    Su, Zhu, Murtadha, Pan, Wen, Liu: ZLPR: A Novel Loss for Multi-label Classification. arXiv 2208.02955, 2022.
+    Liang et al.: R-Drop: Regularized Dropout for Neural Networks. arXiv 2106.14448, 2021.
+    Su: GlobalPointer, https://kexue.fm/archives/8373, 2021; Efficient GlobalPointer, https://kexue.fm/archives/8877,
+    2022; R-Drop and VAT for multilabel classification, https://kexue.fm/archives/9039, 2022b.
 """
 
 from __future__ import annotations
@@ -111,7 +115,7 @@ def plain_scores(
     return scores
 
 
-def labelled_cells(labels: Tensor, B: int, H: int, n: int, mask_zero: bool) -> Tensor:
+def labelled_cells(labels: Tensor, B: int, H: int, n: int) -> Tensor:
     """Labels as index rows [B, H, P, 2] or [M, 4] -> bool [B, H, n, n]. Rows that name no cell are dropped."""
     if labels.dim() == 4:
         row = torch.cartesian_prod(torch.arange(B), torch.arange(H)).to(labels.device)  # [B * H, 2]
@@ -122,8 +126,6 @@ def labelled_cells(labels: Tensor, B: int, H: int, n: int, mask_zero: bool) -> T
     labels = labels[((labels >= 0) & (labels < sizes)).all(1)]
     positive = torch.zeros(B, H, n, n, dtype=torch.bool, device=labels.device)
     positive[labels.unbind(1)] = True
-    if mask_zero:
-        positive[:, :, :1, :1] = False
     return positive
 
 
@@ -146,11 +148,8 @@ def global_pointer_scores(
     return scores.to(common_dtype(q, k, start_bias, end_bias))
 
 
-def loss_log_sums(scores: Tensor, positive: Tensor, valid: Tensor, mask_zero: bool = False) -> tuple[Tensor, Tensor]:
+def loss_log_sums(scores: Tensor, positive: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
     """(log_negative, log_positive) [B, H] of scores, labels and valid cells [B, H, n, n]."""
-    if mask_zero:
-        valid = valid.clone()
-        valid[:, :, :1, :1] = False
     return log_sums(torch.where(valid, scores, -math.inf).flatten(2), positive.flatten(2))
 
 
@@ -173,10 +172,18 @@ def global_pointer_loss(
     """Loss of the labelled spans: [B, H], or reduced. Labels at cells that are not valid take no part."""
     scores = plain_scores(q, k, start_bias, end_bias, rope, position_ids, mask, scale)
     B, H, n, _ = scores.shape
-    positive = labelled_cells(labels, B, H, n, mask_zero)
+    positive = labelled_cells(labels, B, H, n)
     valid = valid_cells(q, mask, tril_mask, max_span_length)
-    log_negative, log_positive = loss_log_sums(scores, positive, valid, mask_zero)
+    if mask_zero:  # (0, 0) is how labels are padded: it is neither positive nor negative
+        valid[:, :, :1, :1] = False
+    log_negative, log_positive = loss_log_sums(scores, positive, valid)
     return reduce(log_negative + log_positive, reduction)
+
+
+def divergence(s1: Tensor, s2: Tensor, valid: Tensor) -> Tensor:
+    """D [B, H] of scores [B, H, n, n]."""
+    difference = torch.where(valid, s1 - s2, 0)
+    return ((s1.sigmoid() - s2.sigmoid()) * difference).sum((2, 3))
 
 
 def global_pointer_divergence(
@@ -200,9 +207,7 @@ def global_pointer_divergence(
     """D of two passes over the same tokens: [B, H], or reduced."""
     s1 = plain_scores(q1, k1, start_bias1, end_bias1, rope, position_ids, mask, scale)
     s2 = plain_scores(q2, k2, start_bias2, end_bias2, rope, position_ids, mask, scale)
-    terms = (s1.sigmoid() - s2.sigmoid()) * (s1 - s2)
-    valid = valid_cells(q1, mask, tril_mask, max_span_length)
-    return reduce(torch.where(valid, terms, 0).sum((2, 3)), reduction)
+    return reduce(divergence(s1, s2, valid_cells(q1, mask, tril_mask, max_span_length)), reduction)
 
 
 def flat_spans(spans: Tensor, scores: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
-r"""Multilabel cross entropy over dense scores in plain PyTorch: the mathematics that the compiled kernels must reproduce.
+r"""Multilabel cross entropy over dense scores in plain PyTorch: what the compiled kernels must reproduce.
 
-A row of C classes has scores s and a set P of labels; all other classes are N. Every label shall score above every other
-class, and a virtual class of score 0 shall stand between them, so that the labels are the classes with s > 0. The
-log-sum-exp of all pairwise margins that are wrong factors into two (Su 2022a):
+A row of C classes has scores s and a set P of labels; all other classes are N. Every label shall score above every
+other class, and a virtual class of score 0 shall stand between them, so that the labels are the classes with s > 0. The
+log-sum-exp of all margins, one for each pair, factors into two (Su 2020; Su et al. 2022):
 
     L = log(1 + sum_{n in N, p in P} e^{s_n - s_p} + sum_{n in N} e^{s_n} + sum_{p in P} e^{-s_p})
       = log(1 + sum_{n in N} e^{s_n}) + log(1 + sum_{p in P} e^{-s_p})
@@ -12,25 +12,26 @@ Both are at least 0, so L is. The gradients are
 
     dL/ds_n = e^{s_n - log_negative}      dL/ds_p = -e^{-s_p - log_positive}
 
-of the right sign always, at most 1 together. Soft labels t in [0, 1] weigh a class into both sums,
+of the right sign always, and each kind adds up to less than 1. Soft labels t in [0, 1] weigh a class into both sums,
 
-    L = log(1 + sum (1 - t) e^s) + log(1 + sum t e^{-s})      dL/ds = (1 - t) e^{s - log_negative} - t e^{-s - log_positive}
+    L = log(1 + sum (1 - t) e^s) + log(1 + sum t e^{-s})
+    dL/ds = (1 - t) e^{s - log_negative} - t e^{-s - log_positive}
 
-and the loss of one class is least at t = sigmoid(2 s): sigmoid(2 s) is the calibrated probability of a class, not
+which vanishes, for a class alone, where t = sigmoid(2 s): sigmoid(2 s) is the calibrated probability of a class, not
 sigmoid(s) (Su 2022b).
 
 A score of -inf marks a class that takes no part, whatever its label. A class that is listed twice counts once.
 
-Sums over N are taken over N. bert4keras and its ports take the sum over all classes and subtract that of the labels,
-log_negative = a + log(1 - e^{b - a}): from s_p = 12 on, float32 cancels to a negative loss, and the clamp that hides this
-gives gradients of the wrong sign. That is not reproduced.
+Sums over N are taken over N. bert4keras and its ports take the sum over all classes and subtract that of the labels
+(Su 2022a), log_negative = a + log(1 - e^{b - a}): from s_p = 12 on, float32 cancels to a negative loss, and the clamp
+that hides this gives gradients of the wrong sign. That is not reproduced.
 
 Any device; half precision is computed in float32; differentiable twice.
 
 References:
-    Su, Zhu, Murtadha, Pan, Wen, Liu, Wang: ZLPR: A Novel Loss for Multi-label Classification. arXiv 2208.02955, 2022.
-    Su: softmax cross entropy carried over to multilabel classification, https://kexue.fm/archives/7359, 2020; its sparse
-    form, https://kexue.fm/archives/8888, 2022a; soft labels, https://kexue.fm/archives/9064, 2022b.
+    Su, Zhu, Murtadha, Pan, Wen, Liu: ZLPR: A Novel Loss for Multi-label Classification. arXiv 2208.02955, 2022.
+    Su: softmax cross entropy carried over to multilabel classification, https://kexue.fm/archives/7359, 2020; its
+    sparse form, https://kexue.fm/archives/8888, 2022a; soft labels, https://kexue.fm/archives/9064, 2022b.
 """
 
 from __future__ import annotations
@@ -86,14 +87,18 @@ def multilabel_categorical_crossentropy(scores: Tensor, labels: Tensor, *, reduc
     return reduce(log_negative + log_positive, reduction)
 
 
+def indices_to_labels(scores: Tensor, indices: Tensor) -> Tensor:
+    """Indices [..., P] -> bool [..., C]; those outside [0, C) are dropped."""
+    C = scores.shape[-1]
+    labels = torch.zeros((*scores.shape[:-1], C + 1), dtype=torch.bool, device=scores.device)
+    return labels.scatter(-1, torch.where((indices < 0) | (indices >= C), C, indices).long(), True)[..., :C]
+
+
 def sparse_multilabel_categorical_crossentropy(
     scores: Tensor, indices: Tensor, *, mask_zero: bool = False, reduction: str = "mean"
 ) -> Tensor:
     """The same for labels as indices [..., P], -1 for none. mask_zero: 0 is none too, and class 0 takes no part."""
-    C = scores.shape[-1]
-    indices = torch.where((indices < 0) | (indices >= C), C, indices).long()
-    labels = torch.zeros((*scores.shape[:-1], C + 1), dtype=torch.bool, device=scores.device)
-    labels = labels.scatter(-1, indices, True)[..., :C]
+    labels = indices_to_labels(scores, indices)
     if mask_zero:
         scores, labels = scores[..., 1:], labels[..., 1:]
     return multilabel_categorical_crossentropy(scores, labels, reduction=reduction)
