@@ -153,12 +153,16 @@ def gplinker_decode(
         subjects, objects = _roles(spans.to(torch.int64), mask, B, n)
         key, scores = _search(subjects, objects, head, tail, threshold)
         key, order = key.sort()
-        pair, o = key // max(1, len(objects.start)), key % max(1, len(objects.start))
-        s = pair // R
+        scores = scores[order]
+        del order  # where there are millions, the columns below are what memory is needed for
         triples = key.new_empty(len(key), 6)
+        width = max(1, len(objects.start))
+        s = key // (width * R)
         triples[:, 0], triples[:, 1], triples[:, 2] = subjects.sequence[s], subjects.start[s], subjects.end[s]
-        triples[:, 3], triples[:, 4], triples[:, 5] = pair % R, objects.start[o], objects.end[o]
-        return triples, scores[order]
+        triples[:, 3] = key // width - s * R
+        o = torch.remainder(key, width, out=s)
+        triples[:, 4], triples[:, 5] = objects.start[o], objects.end[o]
+        return triples, scores
 
 
 def _roles(spans: Tensor, mask: Tensor | None, B: int, n: int) -> tuple[_Spans, _Spans]:
