@@ -31,6 +31,7 @@ class Triple(NamedTuple):
 @dataclass
 class Text:
     text: str
+    where: str  # it stands, for messages
     words: list[str]
     offsets: list[tuple[int, int]]  # [start, end) of each word in the text
     triples: list[Triple]
@@ -38,17 +39,13 @@ class Text:
     def string(self, span: tuple[int, int]) -> str:
         return self.text[self.offsets[span[0]][0] : self.offsets[span[1]][1]]
 
-    def strings(self, triples: list[Triple]) -> set[tuple[str, str, str]]:
-        """What is scored: a triple is right where its three strings are, wherever in the text they were found."""
-        return {(self.string(t.subject), t.relation, self.string(t.object)) for t in triples}
-
 
 def make_text(text: str, triples: list, where: str) -> Text:
     """Checks what a user wrote; the message of an InputError begins with `where`."""
     found = [match.span() for match in TOKEN.finditer(text)]
     if not found:
         raise InputError(f"{where}: the text is empty")
-    made = Text(text, [text[start:end] for start, end in found], found, [])
+    made = Text(text, where, [text[start:end] for start, end in found], found, [])
     if not isinstance(triples, list):
         raise InputError(f'{where}: "triples" must be a list, got {shown(triples)}')
     for triple in triples:
@@ -112,3 +109,10 @@ def read_texts(path: Path, *, labelled: bool = True) -> list[Text]:
     if not texts:
         raise InputError(f"{path} is empty")
     return texts
+
+
+def check_relations_seen(texts: list[Text], relations: list[str]) -> None:
+    for text in texts:
+        for triple in text.triples:
+            if triple.relation not in relations:
+                raise InputError(f"{text.where}: the predicate {triple.relation} does not occur in the training file")
