@@ -88,7 +88,7 @@ def train_and_compare(args: argparse.Namespace, console: Console) -> int:
     console.print(
         f"{len(corpus.train)} training and {len(corpus.test)} test sentences, "
         f"{sum(len(s.tokens) for s in corpus.train)} and {sum(len(s.tokens) for s in corpus.test)} tokens, "
-        f"{len(corpus.labels.tags)} tags, scheme {corpus.labels.scheme}, {len(corpus.labels.kinds)} kinds of spans"
+        f"{len(corpus.labels.tags)} tags, scheme {corpus.labels.scheme}, span types: {', '.join(corpus.labels.kinds)}"
     )
     if corpus.name == "python":
         console.print(nesting(corpus.train))

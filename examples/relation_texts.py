@@ -42,9 +42,9 @@ class Text:
 
 def make_text(text: str, triples: list, where: str) -> Text:
     """Checks what a user wrote; the message of an InputError begins with `where`."""
-    found = [match.span() for match in TOKEN.finditer(text)]
-    if not found:
+    if not text.strip():
         raise InputError(f"{where}: the text is empty")
+    found = [match.span() for match in TOKEN.finditer(text)]
     made = Text(text, where, [text[start:end] for start, end in found], found, [])
     if not isinstance(triples, list):
         raise InputError(f'{where}: "triples" must be a list, got {shown(triples)}')
@@ -99,7 +99,7 @@ def read_texts(path: Path, *, labelled: bool = True) -> list[Text]:
         except ValueError as error:
             raise InputError(f"{where}: the line is not JSON: {error}") from error
         if not isinstance(record, dict):
-            raise InputError(f"{where}: the line is no JSON object, it must be {{\"text\": ..., \"triples\": ...}}")
+            raise InputError(f"{where}: the line is no JSON object: {shown(record)}")
         for key in ("text", "triples") if labelled else ("text",):
             if key not in record:
                 raise InputError(f'{where}: the line has no "{key}"')
