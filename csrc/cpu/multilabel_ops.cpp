@@ -89,8 +89,12 @@ std::tuple<Tensor, Tensor> forward(const Tensor& scores, const Tensor& labels, b
   const int64_t blocks = work.blocks();
   call.parallel(work.rows, 64 * blocks, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
-      put(to_negative, call.compute, row, log_one_plus(negative.data() + row * blocks, blocks));
-      put(to_positive, call.compute, row, log_one_plus(positive.data() + row * blocks, blocks));
+      for (int64_t block = 1; block < blocks; ++block) {
+        add(negative[row * blocks], negative[row * blocks + block]);
+        add(positive[row * blocks], positive[row * blocks + block]);
+      }
+      put(to_negative, call.compute, row, blocks ? with_one(negative[row * blocks]) : 0);
+      put(to_positive, call.compute, row, blocks ? with_one(positive[row * blocks]) : 0);
     }
   });
   return {log_negative, log_positive};
