@@ -41,7 +41,7 @@ class Size:
     compared_steps: int
 
 
-FULL = Size(files=200, steps=400, compared_steps=20)
+FULL = Size(files=200, steps=400, compared_steps=12)
 QUICK = Size(files=30, steps=60, compared_steps=5)
 PALETTE = ("cyan", "green", "yellow", "blue", "magenta", "red", "bright_cyan", "bright_green")
 

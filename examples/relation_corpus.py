@@ -16,7 +16,7 @@ from sentences import InputError
 
 # class - defines - method, function - calls - function, module - imports - name, ...
 RELATIONS = ("calls", "defines", "imports", "inherits", "returns")
-MAX_TOKENS = 128
+MAX_TOKENS = 192
 KEYWORD = {ast.FunctionDef: "def ", ast.AsyncFunctionDef: "async def ", ast.ClassDef: "class "}
 DEFINITION = re.compile(r"\s*(@|def |async def |class )")
 FUNCTION = ast.FunctionDef | ast.AsyncFunctionDef

@@ -16,10 +16,11 @@ def progress(console: Console) -> Progress:
 
 def score_table(title: str, heads: dict[str, dict[str, Score]]) -> Table:
     """Scores by label, those of several heads side by side."""
-    table = Table("type", title=title, box=SIMPLE_HEAD)
+    table = Table("\ntype", title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for head in heads:
-        for name in ("precision", "recall", "F1", "number"):
-            table.add_column(f"{head}\n{name}" if name == "precision" else f"\n{name}", justify="right")
+        table.add_column(f"{head}\nprecision", justify="right")
+        for name in ("recall", "F1", "number"):
+            table.add_column(f"\n{name}", justify="right")
     for label in dict.fromkeys(label for scores in heads.values() for label in scores):
         cells = []
         for scores in heads.values():

@@ -15,6 +15,10 @@ from tagger import Batch, Tagger
 from torch import Tensor
 
 LEARNING_RATE = 6e-3
+WARM_UP = 20  # steps; without it the first ones overshoot
+# What the encoder hears of the span head. At 1 the CRF's F1 after 300 steps was 0.924, at 0.3 it was 0.937 as without a
+# span head, and that of the spans 0.897 and 0.898.
+SPAN_WEIGHT = 0.3
 # Adam divides a gradient that is nothing but rounding by its own size. With a larger epsilon than its 1e-8 the two
 # taggers drift apart half as fast, and learn as fast.
 ADAM_EPSILON = 1e-6
@@ -51,12 +55,16 @@ def head_step(loss_of: Callable[[Tensor], Tensor], head_input: Tensor) -> HeadSt
 
 
 class Trainer:
-    """Adam with a learning rate that falls linearly to zero over `steps`."""
+    """Adam with a learning rate that rises over WARM_UP steps and falls linearly to zero at the last of `steps`."""
 
     def __init__(self, tagger: Tagger, steps: int) -> None:
         self.tagger = tagger
+        self.steps = steps
         self.optimizer = torch.optim.Adam(tagger.parameters(), LEARNING_RATE, eps=ADAM_EPSILON)
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: 1 - step / steps)
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self.rate)
+
+    def rate(self, step: int) -> float:
+        return min(1, (step + 1) / WARM_UP) * (1 - step / self.steps)
 
     def step(self, batch: Batch) -> Step:
         begin = time.perf_counter()
@@ -65,7 +73,7 @@ class Trainer:
         emissions = self.tagger.emissions(hidden)
         crf = head_step(lambda x: -self.tagger.crf(x, batch.tags, batch.mask) / batch.mask.sum(), emissions)
         spans = head_step(lambda x: self.tagger.spans.loss(x, batch.spans, batch.mask), hidden)
-        torch.autograd.backward([emissions, hidden], [crf.gradient, spans.gradient])
+        torch.autograd.backward([emissions, hidden], [crf.gradient, SPAN_WEIGHT * spans.gradient])
         self.optimizer.step()
         self.schedule.step()
         return Step(crf, spans, time.perf_counter() - begin)

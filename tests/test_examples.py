@@ -12,6 +12,7 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
 import label_python  # noqa: E402  (the examples are scripts, found next to each other)
+import training  # noqa: E402
 from conll import detect_scheme, read_conll  # noqa: E402
 from python_corpus import HIDDEN, KINDS, LABELS, MAX_TOKENS, label_source, standard_library  # noqa: E402
 from sentences import Sentence, Span, entities, outside_in, scores_by_label, token_accuracy  # noqa: E402
@@ -237,15 +238,17 @@ def test_a_wrong_gradient_is_noticed(spoilt):
         assert largest_loss_difference(compiled, plain) > LOSS_TOLERANCE
 
 
-def test_long_sentences_are_compared_few_at_a_time():
+def test_long_sentences_are_compared_few_at_a_time(monkeypatch):
     def sentence(length):
         return Sentence(["a"] * length, ["a"] * length, [1] * length, ["O"] * length, [Span(0, length, "x")])
 
     labels = Labels(["O"], "BIO", ["x"])
-    (batch,) = batches(encode([sentence(2500), sentence(10)], labels), batch_size=2, steps=1, seed=0)
-    compiled, plain = compare(lambda plain: Tagger(labels, plain=plain), 10, [batch], on_step=lambda: None)
-    assert len(compiled.paths[0]) == batch.mask[0].sum()
-    assert largest_loss_difference(compiled, plain) < LOSS_TOLERANCE
+    (batch,) = batches(encode([sentence(20), sentence(10)], labels), batch_size=2, steps=1, seed=0)
+    for scores, sentences in ((10, 1), (799, 1), (800, 2)):
+        monkeypatch.setattr(training, "MOST_SCORES", scores)
+        compiled, plain = compare(lambda plain: Tagger(labels, plain=plain), 10, [batch], on_step=lambda: None)
+        assert len(compiled.paths[0]) == batch.mask[:sentences].sum()
+        assert largest_loss_difference(compiled, plain) < LOSS_TOLERANCE
 
 
 def test_python_run(tmp_path, capsys):

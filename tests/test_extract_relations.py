@@ -190,7 +190,7 @@ def test_python_run(tmp_path, capsys):
 
     trained = run("--quick", "--steps", "8")
     assert trained.returncode == 0, trained.stderr
-    for part in ("training texts", "Triples of held-out texts", "calls", "inherits"):
+    for part in ("test texts", "Triples of held-out texts", "calls", "inherits"):
         assert part in trained.stdout
     assert (tmp_path / "extract_relations.png").read_bytes().startswith(b"\x89PNG")
 
