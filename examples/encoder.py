@@ -1,4 +1,4 @@
-"""The network below every head: hashed word features, convolutions for the neighbours, an LSTM for what is further away."""
+"""The network below every head: hashed word features, convolutions for the neighbours, an LSTM for what is further."""
 
 from __future__ import annotations
 

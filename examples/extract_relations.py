@@ -102,7 +102,9 @@ def train(args: argparse.Namespace, console: Console) -> None:
     torch.manual_seed(args.seed)
     extractor = Extractor(corpus.relations)
     optimizer = torch.optim.Adam(extractor.parameters(), LEARNING_RATE)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1, (step + 1) / WARM_UP) * (1 - step / steps))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min(1, (step + 1) / WARM_UP) * (1 - step / steps)
+    )
     examples = encode(corpus.train, corpus.relations)
     losses = []
     with progress(console) as bar:

@@ -1,4 +1,5 @@
-"""Train a tagger on real text, a CRF for flat tags beside a GlobalPointer for nested spans, and compare with plain PyTorch.
+"""Train a tagger on real text, with a CRF for flat tags and a GlobalPointer for nested spans, and compare with plain
+PyTorch.
 
 python examples/label_python.py                                   names, calls, arguments, ... of the standard library
 python examples/label_python.py --train a.conll --test b.conll    your own files (BIO, IOB1, BIOES, BMES)
@@ -26,7 +27,18 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from screen import progress, score_table
-from sentences import InputError, Sentence, Span, entities, make_folder, outside_in, scores_by_label, span_types, token_accuracy
+from sentences import (
+    InputError,
+    Sentence,
+    Span,
+    entities,
+    joined,
+    make_folder,
+    outside_in,
+    scores_by_label,
+    span_types,
+    token_accuracy,
+)
 from tagger import Labels, Tagger, batches, encode, load_checkpoint, save_checkpoint
 from training import LOSS_TOLERANCE, Run, Trainer, compare, largest_loss_difference, same_spans
 
@@ -184,9 +196,9 @@ def predict(args: argparse.Namespace, console: Console) -> int:
         for start, stop, kind in spans:
             kinds.setdefault((start, stop), []).append(kind)
         for (start, stop), depth in outside_in(kinds):
-            text = " ".join("".join(sentence.tokens[start:stop]).split())
             listed = "  " * depth + ", ".join(kinds[start, stop])
-            line = f"{sentence.lines[start]:6}  {role.get((start, stop), ''):11}  {listed:38}  {text[:60]}"
+            text = joined(sentence.tokens[start:stop])[:60]
+            line = f"{sentence.lines[start]:6}  {role.get((start, stop), ''):11}  {listed:38}  {text}"
             console.print(line, style=PALETTE[depth % len(PALETTE)], markup=False)
     return 0
 

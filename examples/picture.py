@@ -50,9 +50,7 @@ def save_loss_and_scores(path: Path, losses: list[float], scores: dict[str, Scor
     plt.close(figure)
 
 
-def draw_losses(
-    axes: Axes, losses: list[float], compiled: Run, plain: Run, loss_of: Callable[[Step], float]
-) -> None:
+def draw_losses(axes: Axes, losses: list[float], compiled: Run, plain: Run, loss_of: Callable[[Step], float]) -> None:
     axes.plot(range(1, len(losses) + 1), losses, color=COMPILED, linewidth=1, label=compiled.name)
     # The steps that both have trained are few and steep: they get axes of their own.
     steps = range(1, len(plain.steps) + 1)
@@ -66,14 +64,14 @@ def draw_losses(
 
 
 def draw_times(axes: Axes, compiled: Run, plain: Run) -> None:
-    fast, slow = compiled.milliseconds(), plain.milliseconds()
+    fast, slow = ({part.replace(" ", "\n"): ms for part, ms in run.milliseconds().items()} for run in (compiled, plain))
     draw_pairs(axes, compiled, plain, fast, slow)
     axes.set(title="Median time per batch, and how many times faster", ylabel="milliseconds", yscale="log")
     axes.set_ylim(top=5 * max(slow.values()))
 
 
 def draw_memory(axes: Axes, compiled: Run, plain: Run) -> None:
-    fast, slow = ({"loss and gradients of the span head": run.peak_bytes / 2**20} for run in (compiled, plain))
+    fast, slow = ({"span head:\nloss and backward": run.peak_bytes / 2**20} for run in (compiled, plain))
     draw_pairs(axes, compiled, plain, fast, slow)
     axes.set(title="Peak memory, and how many times less", ylabel="MiB", yscale="log", xlim=(-1, 1))
     axes.set_ylim(bottom=1, top=5 * max(slow.values()))
@@ -83,7 +81,7 @@ def draw_pairs(axes: Axes, compiled: Run, plain: Run, fast: dict[str, float], sl
     for offset, run, values, color in ((-0.2, compiled, fast, COMPILED), (0.2, plain, slow, PLAIN)):
         bars = axes.bar([i + offset for i in range(len(values))], values.values(), 0.4, color=color, label=run.name)
         axes.bar_label(bars, [f"{x:.2f}" if x < 10 else f"{x:.0f}" for x in values.values()], padding=2, fontsize=9)
-    axes.set_xticks(range(len(fast)), [f"{part.replace(' ', chr(10), 1)}\n{slow[part] / fast[part]:.3g}x" for part in fast])
+    axes.set_xticks(range(len(fast)), [f"{part}\n{slow[part] / fast[part]:.3g}x" for part in fast], fontsize=9)
     axes.legend(loc="upper left")
 
 

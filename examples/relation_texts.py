@@ -54,14 +54,14 @@ def make_text(text: str, triples: list, where: str) -> Text:
         subject, relation, object_ = triple
         if not isinstance(relation, str) or not relation:
             raise InputError(f"{where}: a predicate is a string, got {shown(relation)}")
-        spans = (locate(made, part, f"{where}: the {name}") for name, part in (("subject", subject), ("object", object_)))
-        first, second = spans
+        first = locate(made, subject, f"{where}: the subject")
+        second = locate(made, object_, f"{where}: the object")
         made.triples.append(Triple(first, relation, second))
     return made
 
 
 def locate(text: Text, part: str | list[int], what: str) -> tuple[int, int]:
-    """First and last token of a string of the text (where it first stands as whole words, if anywhere) or of offsets."""
+    """First and last token of offsets, or of a string: where it first stands as whole words, or else as part of one."""
     if isinstance(part, str) and part.strip():
         escaped = re.escape(part.strip())
         match = re.search(rf"(?<!\w){escaped}(?!\w)", text.text) or re.search(escaped, text.text)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -60,6 +61,14 @@ def outside_in(extents: Iterable[tuple[int, int]]) -> list[tuple[tuple[int, int]
         found.append(((start, stop), sum(stop <= end for _, end in open_ones)))
         open_ones.append((start, stop))
     return found
+
+
+def joined(tokens: list[str]) -> str:
+    """Tokens as one line of text, with spaces only where words would run together."""
+    text = ""
+    for token in tokens:
+        text += f" {token}" if re.search(r"\w$", text) and re.match(r"\w", token) else token
+    return " ".join(text.split())
 
 
 class Score(NamedTuple):

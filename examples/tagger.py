@@ -53,7 +53,9 @@ def encode(sentences: list[Sentence], labels: Labels) -> list[Example]:
     for sentence in sentences:
         tags = torch.tensor([tag[name] for name in sentence.tags])
         spans = [[kind[span.label], span.start, span.stop - 1] for span in sentence.spans]
-        examples.append(Example(encode_words(sentence.words), tags, torch.tensor(spans, dtype=torch.long).reshape(-1, 3)))
+        examples.append(
+            Example(encode_words(sentence.words), tags, torch.tensor(spans, dtype=torch.long).reshape(-1, 3))
+        )
     return examples
 
 
@@ -150,7 +152,12 @@ def with_weights_of(layer: nn.Module, plain: nn.Module) -> nn.Module:
 
 
 def save_checkpoint(path: Path, tagger: Tagger, corpus: str) -> None:
-    content = {"format": CHECKPOINT_FORMAT, "corpus": corpus, "labels": tuple(tagger.labels), "weights": tagger.state_dict()}
+    content = {
+        "format": CHECKPOINT_FORMAT,
+        "corpus": corpus,
+        "labels": tuple(tagger.labels),
+        "weights": tagger.state_dict(),
+    }
     torch.save(content, path)
 
 

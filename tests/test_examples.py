@@ -15,7 +15,7 @@ import label_python  # noqa: E402  (the examples are scripts, found next to each
 import training  # noqa: E402
 from conll import detect_scheme, read_conll  # noqa: E402
 from python_corpus import HIDDEN, KINDS, LABELS, MAX_TOKENS, label_source, standard_library  # noqa: E402
-from sentences import Sentence, Span, entities, outside_in, scores_by_label, token_accuracy  # noqa: E402
+from sentences import Sentence, Span, entities, joined, outside_in, scores_by_label, token_accuracy  # noqa: E402
 from tagger import Labels, Tagger, batches, encode  # noqa: E402
 from training import LOSS_TOLERANCE, compare, largest_loss_difference, same_spans  # noqa: E402
 
@@ -121,6 +121,10 @@ def test_scores():
     assert scores["X"] == (1 / 2, 1 / 2, 1 / 2, 2)
     assert scores["Y"] == (0, 0, 0, 1)
     assert token_accuracy([gold], [predicted]) == 3 / 5
+
+
+def test_joined():
+    assert joined(["not", "self", ".", "x_1", "in", "(", "a", ",", '"b c"', ")", "\n"]) == 'not self.x_1 in(a,"b c")'
 
 
 def test_outside_in():

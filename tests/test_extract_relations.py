@@ -44,7 +44,10 @@ def strings(text):
 def test_triples_of_source():
     code = without_comments(SOURCE)
     assert "Doc" not in code and "comment" not in code
-    found = [f"{code[slice(*subject)]} {relation} {code[slice(*object_)]}" for subject, relation, object_ in Finder(code).triples]
+    found = [
+        f"{code[slice(*subject)]} {relation} {code[slice(*object_)]}"
+        for subject, relation, object_ in Finder(code).triples
+    ]
     assert sorted(found) == sorted(part.strip() for part in TRIPLES_OF_SOURCE.split(";"))
 
 
@@ -99,7 +102,11 @@ def test_words_cover_the_text():
 
 
 def test_labels_of_a_batch():
-    texts = [make_text("a b c", [["a b", "r", "c"]], ""), make_text("d", [], ""), make_text("e f", [["f", "s", "e f"]], "")]
+    texts = [
+        make_text("a b c", [["a b", "r", "c"]], ""),
+        make_text("d", [], ""),
+        make_text("e f", [["f", "s", "e f"]], ""),
+    ]
     (batch,) = batches(encode(texts, ["r", "s"])[::-1], batch_size=3, steps=1, seed=0)
     order = [int(count) for count in batch.mask.sum(1)]
     first, third = order.index(3), order.index(2)
@@ -129,7 +136,7 @@ GOOD = line()
         (GOOD, None, "cannot read {test}: No such file or directory"),
         (GOOD, b"\xff", "{test} is not UTF-8 text: invalid start byte at byte 0"),
         (GOOD + "\n{", GOOD, "{train}:3: the line is not JSON: Expecting property name enclosed in double quotes"),
-        (GOOD, "[1]\n", '{test}:1: the line is no JSON object: [1]'),
+        (GOOD, "[1]\n", "{test}:1: the line is no JSON object: [1]"),
         ('{"triples": []}', GOOD, '{train}:1: the line has no "text"'),
         ('{"text": "a"}', GOOD, '{train}:1: the line has no "triples"'),
         ('{"text": 1, "triples": []}', GOOD, '{train}:1: "text" must be a string, got 1'),
@@ -148,7 +155,11 @@ GOOD = line()
         ),
         (line(triples=[[[3, 4], "met", "Bob"]]), GOOD, "{train}:1: the subject is blank"),
         (line(triples=[]), GOOD, "{train} has no triples to learn from"),
-        (GOOD, line(triples=[["Ada", "saw", "Bob"]]), "{test}:1: the predicate saw does not occur in the training file"),
+        (
+            GOOD,
+            line(triples=[["Ada", "saw", "Bob"]]),
+            "{test}:1: the predicate saw does not occur in the training file",
+        ),
     ],
 )
 def test_bad_training_files(tmp_path, capsys, train, test, sentence):
@@ -173,7 +184,10 @@ def test_bad_arguments(tmp_path, capsys):
     for arguments, sentence in (
         (["--test", "a"], "--train and --test go together: give both, or neither for the standard library"),
         (["--steps", "0"], "--steps must be at least 1, got 0"),
-        (["--predict", str(source), "--output", "b"], "there is no checkpoint b/relations.pt: train first, or name one"),
+        (
+            ["--predict", str(source), "--output", "b"],
+            "there is no checkpoint b/relations.pt: train first, or name one",
+        ),
         (["--predict", str(source), "--checkpoint", str(other)], f"{other} is not a checkpoint of this script"),
     ):
         assert extract_relations.main(arguments) == 2
@@ -242,7 +256,9 @@ def test_prediction_is_that_of_dense_scores():
         (example,) = encode([text], ["r", "s"])
         features, mask = example.features[None], torch.ones(1, len(text.words), dtype=torch.bool)
         hidden = extractor.encoder(features, mask)
-        entities, heads, tails = (layer(hidden, mask)[0] > 0 for layer in (extractor.entities, extractor.heads, extractor.tails))
+        entities, heads, tails = (
+            layer(hidden, mask)[0] > 0 for layer in (extractor.entities, extractor.heads, extractor.tails)
+        )
         expected = [
             Triple((a, b), relation, (c, d))
             for a, b in entities[0].nonzero().tolist()
