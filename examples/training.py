@@ -14,11 +14,8 @@ import torch
 from tagger import Batch, Tagger
 from torch import Tensor
 
-LEARNING_RATE = 6e-3
+LEARNING_RATE = 1e-2
 WARM_UP = 20  # steps; without it the first ones overshoot
-# What the encoder hears of the span head. At 1 the CRF's F1 after 300 steps was 0.924, at 0.3 it was 0.937 as without a
-# span head, and that of the spans 0.897 and 0.898.
-SPAN_WEIGHT = 0.3
 # Adam divides a gradient that is nothing but rounding by its own size. With a larger epsilon than its 1e-8 the two
 # taggers drift apart half as fast, and learn as fast.
 ADAM_EPSILON = 1e-6
@@ -73,7 +70,7 @@ class Trainer:
         emissions = self.tagger.emissions(hidden)
         crf = head_step(lambda x: -self.tagger.crf(x, batch.tags, batch.mask) / batch.mask.sum(), emissions)
         spans = head_step(lambda x: self.tagger.spans.loss(x, batch.spans, batch.mask), hidden)
-        torch.autograd.backward([emissions, hidden], [crf.gradient, SPAN_WEIGHT * spans.gradient])
+        torch.autograd.backward([emissions, hidden], [crf.gradient, spans.gradient])
         self.optimizer.step()
         self.schedule.step()
         return Step(crf, spans, time.perf_counter() - begin)
