@@ -103,6 +103,17 @@ struct Run {
     });
   }
 
+  // Sequences that share a call of a kernel. Decided by the shape alone, like every order of additions.
+  int64_t lanes() const {
+    const CrfProblem& p = call.problem;
+    const bool worthwhile = p.batch >= 4 && plan.longest <= 4096 && (p.tags <= 32 || p.batch >= 128);
+    return kernels.filter_lanes && worthwhile && !p.transitions_per_position ? kSequenceLanes : 1;
+  }
+  size_t chain_scratch() const {
+    const size_t one = kernels.chain_scratch(call.problem);
+    return lanes() > 1 ? std::max(one, kernels.lanes_scratch(call.problem)) : one;
+  }
+
   std::tuple<Tensor, Tensor> forward(const Tensor* tags, bool save_messages) {
     Tensor value = call.per_sequence();
     Tensor messages = new_tensor(call.emissions, {save_messages ? call.rows : 0, call.problem.tags}, call.compute);
@@ -110,9 +121,16 @@ struct Run {
     work.messages = save_messages ? messages.mutable_data_ptr() : nullptr;
     work.value = value.mutable_data_ptr();
     std::vector<int64_t> bad(call.problem.batch, -1);
-    parallel(call.problem.batch, [&](int64_t begin, int64_t end) {
-      const Scratch scratch(kernels.chain_scratch(call.problem));
-      for (int64_t r = begin; r < end; ++r) bad[r] = kernels.filter(work, plan.sequences[r], scratch.get());
+    const int64_t together = lanes();
+    parallel((call.problem.batch + together - 1) / together, [&](int64_t begin, int64_t end) {
+      const Scratch scratch(chain_scratch());
+      for (int64_t r = begin * together; r < std::min(call.problem.batch, end * together); r += together) {
+        const CrfSequence* s = &plan.sequences[r];
+        const int64_t count = std::min(together, call.problem.batch - r);
+        const unsigned left = together > 1 ? kernels.filter_lanes(work, s, count, scratch.get()) : 1u;
+        for (int64_t l = 0; l < count; ++l)
+          if (left >> l & 1) bad[r + l] = kernels.filter(work, s[l], scratch.get());
+      }
     });
     for (int64_t r = 0; r < call.problem.batch; ++r) {
       if (bad[r] < 0) continue;
@@ -147,14 +165,21 @@ struct Run {
     // it every bit of the result, is the same for every number of threads. At most 64 groups and 32 MiB of sums.
     const int64_t cells = transition_grad && !per_position ? n * n : 0;
     const int64_t width = cells + 2 * n;
-    const int64_t groups = std::min({batch, int64_t{64}, std::max<int64_t>(4, (int64_t{1} << 22) / width)});
+    const int64_t together = lanes(), items = (batch + together - 1) / together;
+    const int64_t groups = std::min({items, int64_t{64}, std::max<int64_t>(4, (int64_t{1} << 22) / width)});
     std::vector<double> sums(static_cast<size_t>(groups * width), 0.0);
     parallel(groups, [&](int64_t begin, int64_t end) {
-      const Scratch scratch(kernels.chain_scratch(call.problem));
+      const Scratch scratch(chain_scratch());
       for (int64_t g = begin; g < end; ++g) {
         double* own = sums.data() + g * width;
         const CrfSums to = {own, own + cells, own + cells + n};
-        for (int64_t r = g; r < batch; r += groups) kernels.smooth(work, plan.sequences[r], scratch.get(), to);
+        for (int64_t r = g * together; r < batch; r += groups * together) {
+          const CrfSequence* s = &plan.sequences[r];
+          const int64_t count = std::min(together, batch - r);
+          const unsigned left = together > 1 ? kernels.smooth_lanes(work, s, count, scratch.get(), to) : 1u;
+          for (int64_t l = 0; l < count; ++l)
+            if (left >> l & 1) kernels.smooth(work, s[l], scratch.get(), to);
+        }
       }
     });
     for (int64_t g = 1; g < groups; ++g)
@@ -213,6 +238,21 @@ std::tuple<Tensor, Tensor> crf_viterbi(const Tensor& emissions, const Tensor& tr
   run.work.scores = scores.mutable_data_ptr();
   // Pairs hide each other's latency; few sequences had better be shared out among the threads.
   const int64_t batch = run.call.problem.batch;
+  if (run.kernels.viterbi_lanes && run.lanes() > 1) {
+    const size_t bytes = std::max(2 * run.kernels.path_scratch(run.work, run.plan.longest),
+                                  run.kernels.viterbi_lanes_scratch(run.work, run.plan.longest));
+    run.parallel((batch + kSequenceLanes - 1) / kSequenceLanes, [&](int64_t begin, int64_t end) {
+      const Scratch scratch(bytes);
+      for (int64_t r = begin * kSequenceLanes; r < std::min(batch, end * kSequenceLanes); r += kSequenceLanes) {
+        const CrfSequence* s = &run.plan.sequences[r];
+        const int64_t count = std::min<int64_t>(kSequenceLanes, batch - r);
+        const unsigned left = run.kernels.viterbi_lanes(run.work, s, count, scratch.get());
+        for (int64_t l = 0; l < count; ++l)
+          if (left >> l & 1) run.kernels.viterbi(run.work, s + l, 1, scratch.get());
+      }
+    });
+    return {paths, scores};
+  }
   const int64_t together = batch >= 4 ? 2 : 1;
   run.parallel((batch + together - 1) / together, [&](int64_t begin, int64_t end) {
     const Scratch scratch(2 * run.kernels.path_scratch(run.work, run.plan.longest));
