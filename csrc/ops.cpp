@@ -53,4 +53,74 @@ STABLE_TORCH_LIBRARY(fastnlp_ops, m) {
   m.def(
       "memm_log_likelihood_backward(Tensor grad, Tensor emissions, Tensor tags, Tensor transitions, Tensor? mask, "
       "bool bidirectional, bool transition_grad) -> (Tensor demissions, Tensor dtransitions)");
+
+  // GlobalPointer. Options that every op takes alike are spelled once, in SPAN_OPTIONS. `cells` are the labels as
+  // sorted flat indices ((b * H + h) * n + start) * n + end; duplicates stand side by side, B * H * n * n marks a
+  // dropped label.
+#define SPAN_OPTIONS                                                                                          \
+  "Tensor? start_bias, Tensor? end_bias, Tensor? mask, Tensor? position_ids, bool rope, bool tril_mask, int " \
+  "max_span_length, "                                                                                         \
+  "float scale"
+#define SPAN_GRADIENTS "(Tensor dq, Tensor dk, Tensor dstart_bias, Tensor dend_bias)"
+  m.def("global_pointer_scores(Tensor q, Tensor k, " SPAN_OPTIONS ") -> Tensor");
+  m.def("global_pointer_scores_backward(Tensor dscores, Tensor q, Tensor k, " SPAN_OPTIONS ") -> " SPAN_GRADIENTS);
+  m.def("global_pointer_loss(Tensor q, Tensor k, Tensor cells, " SPAN_OPTIONS
+        ") -> (Tensor log_negative, Tensor log_positive)");
+  m.def(
+      "global_pointer_loss_backward(Tensor dloss, Tensor log_negative, Tensor log_positive, Tensor q, Tensor k, "
+      "Tensor cells, " SPAN_OPTIONS ") -> " SPAN_GRADIENTS);
+  m.def(
+      "global_pointer_divergence(Tensor q1, Tensor k1, Tensor? start_bias1, Tensor? end_bias1, Tensor q2, Tensor "
+      "k2, " SPAN_OPTIONS ") -> Tensor");
+  m.def(
+      "global_pointer_divergence_backward(Tensor ddivergence, Tensor q1, Tensor k1, Tensor? start_bias1, "
+      "Tensor? end_bias1, Tensor q2, Tensor k2, " SPAN_OPTIONS
+      ") -> "
+      "(Tensor dq1, Tensor dk1, Tensor dstart_bias1, Tensor dend_bias1, "
+      "Tensor dq2, Tensor dk2, Tensor dstart_bias2, Tensor dend_bias2)");
+  m.def(
+      "global_pointer_cells(Tensor labels, Tensor? mask, SymInt batch, SymInt heads, SymInt length, "
+      "bool tril_mask, int max_span_length, bool mask_zero) -> Tensor");
+  m.def(
+      "global_pointer_scores_double_backward(Tensor dscores, Tensor? dq_grad, Tensor? dk_grad, "
+      "Tensor? dstart_bias_grad, Tensor? dend_bias_grad, Tensor q, Tensor k, " SPAN_OPTIONS
+      ") -> (Tensor ddscores, Tensor dq, Tensor dk, Tensor dstart_bias, Tensor dend_bias)");
+  m.def(
+      "global_pointer_loss_double_backward(Tensor dloss, Tensor? dq_grad, Tensor? dk_grad, Tensor? dstart_bias_grad, "
+      "Tensor? dend_bias_grad, Tensor log_negative, Tensor log_positive, Tensor q, Tensor k, "
+      "Tensor cells, " SPAN_OPTIONS
+      ") -> (Tensor ddloss, Tensor dq, Tensor dk, Tensor dstart_bias, Tensor dend_bias)");
+  m.def(
+      "global_pointer_divergence_double_backward(Tensor ddivergence, Tensor? dq1_grad, Tensor? dk1_grad, "
+      "Tensor? dstart_bias1_grad, Tensor? dend_bias1_grad, Tensor? dq2_grad, Tensor? dk2_grad, "
+      "Tensor? dstart_bias2_grad, Tensor? dend_bias2_grad, Tensor q1, Tensor k1, Tensor? start_bias1, "
+      "Tensor? end_bias1, Tensor q2, Tensor k2, " SPAN_OPTIONS
+      ") -> (Tensor dddivergence, "
+      "Tensor dq1, Tensor dk1, Tensor dstart_bias1, Tensor dend_bias1, "
+      "Tensor dq2, Tensor dk2, Tensor dstart_bias2, Tensor dend_bias2)");
+  m.def("global_pointer_decode(Tensor q, Tensor k, " SPAN_OPTIONS
+        ", float threshold) -> (Tensor spans, Tensor scores)");
+  m.def("flat_spans(Tensor spans, Tensor scores, int sequences, int length) -> Tensor");
+#undef SPAN_OPTIONS
+#undef SPAN_GRADIENTS
+
+  // Multilabel cross entropy over dense scores.
+  m.def(
+      "multilabel_categorical_crossentropy(Tensor scores, Tensor labels) -> (Tensor log_negative, Tensor "
+      "log_positive)");
+  m.def(
+      "multilabel_categorical_crossentropy_backward(Tensor dloss, Tensor log_negative, Tensor log_positive, "
+      "Tensor scores, Tensor labels) -> Tensor");
+  m.def(
+      "multilabel_categorical_crossentropy_double_backward(Tensor dloss, Tensor dscores_grad, Tensor log_negative, "
+      "Tensor log_positive, Tensor scores, Tensor labels) -> (Tensor ddloss, Tensor dscores)");
+  m.def(
+      "sparse_multilabel_categorical_crossentropy(Tensor scores, Tensor indices) -> "
+      "(Tensor log_negative, Tensor log_positive)");
+  m.def(
+      "sparse_multilabel_categorical_crossentropy_backward(Tensor dloss, Tensor log_negative, Tensor log_positive, "
+      "Tensor scores, Tensor indices) -> Tensor");
+  m.def(
+      "sparse_multilabel_categorical_crossentropy_double_backward(Tensor dloss, Tensor dscores_grad, Tensor log_negative, "
+      "Tensor log_positive, Tensor scores, Tensor indices) -> (Tensor ddloss, Tensor dscores)");
 }

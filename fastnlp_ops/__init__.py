@@ -12,7 +12,9 @@ if _torch.version.cuda is not None and (_folder / "libfastnlp_cuda.so").exists()
 
 from fastnlp_ops import reference  # noqa: E402  (what follows needs the ops)
 from fastnlp_ops._ops import crf as _crf  # noqa: E402, F401
+from fastnlp_ops._ops import global_pointer as _global_pointer  # noqa: E402, F401
 from fastnlp_ops._ops import memm as _memm  # noqa: E402, F401
+from fastnlp_ops._ops import multilabel as _multilabel  # noqa: E402, F401
 from fastnlp_ops.crf import (  # noqa: E402
     crf_entropy,
     crf_log_likelihood,
@@ -24,7 +26,17 @@ from fastnlp_ops.crf import (  # noqa: E402
 )
 from fastnlp_ops.crf_module import CRF  # noqa: E402
 from fastnlp_ops.crf_state_dict import convert_crf_state_dict  # noqa: E402
+from fastnlp_ops.global_pointer import (  # noqa: E402
+    global_pointer_decode,
+    global_pointer_divergence,
+    global_pointer_loss,
+    global_pointer_scores,
+)
 from fastnlp_ops.memm import MEMM, memm_log_likelihood, memm_viterbi  # noqa: E402
+from fastnlp_ops.multilabel import (  # noqa: E402
+    multilabel_categorical_crossentropy,
+    sparse_multilabel_categorical_crossentropy,
+)
 from fastnlp_ops.tag_schemes import spans_to_tags, tags_to_spans, transition_mask  # noqa: E402
 
 try:
@@ -43,10 +55,16 @@ __all__ = [
     "crf_partial_log_likelihood",
     "crf_sample",
     "crf_viterbi",
+    "global_pointer_decode",
+    "global_pointer_divergence",
+    "global_pointer_loss",
+    "global_pointer_scores",
     "memm_log_likelihood",
     "memm_viterbi",
+    "multilabel_categorical_crossentropy",
     "reference",
     "spans_to_tags",
+    "sparse_multilabel_categorical_crossentropy",
     "tags_to_spans",
     "transition_mask",
 ]

@@ -230,7 +230,9 @@ FASTNLP_INLINE Mask<C> lanes_below(int64_t n) {
 
 FASTNLP_INLINE void load_row(const float* row, int64_t n, int64_t padded, float fill, float* to) {
 #ifdef __AVX2__
-  for (int64_t j = 0; j < padded; j += 8) {
+  int64_t j = 0;  // whole vectors without a mask: AMD's masked loads that miss the cache wait for each other
+  for (; j + 8 <= n; j += 8) store(to + j, load(row + j));
+  for (; j < padded; j += 8) {
     const Simd<float>::I inside = lanes_below<float>(n - j);
     store(to + j, inside ? __builtin_ia32_maskloadps256((const Simd<float>::V*)(row + j), inside) : splat(fill));
   }

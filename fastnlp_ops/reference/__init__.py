@@ -11,7 +11,17 @@ from fastnlp_ops.reference.crf import (
     crf_score,
     crf_viterbi,
 )
+from fastnlp_ops.reference.global_pointer import (
+    global_pointer_decode,
+    global_pointer_divergence,
+    global_pointer_loss,
+    global_pointer_scores,
+)
 from fastnlp_ops.reference.memm import memm_log_likelihood, memm_viterbi
+from fastnlp_ops.reference.multilabel import (
+    multilabel_categorical_crossentropy,
+    sparse_multilabel_categorical_crossentropy,
+)
 
 __all__ = [
     "crf_entropy",
@@ -23,6 +33,12 @@ __all__ = [
     "crf_sample_from_uniforms",
     "crf_score",
     "crf_viterbi",
+    "global_pointer_decode",
+    "global_pointer_divergence",
+    "global_pointer_loss",
+    "global_pointer_scores",
     "memm_log_likelihood",
     "memm_viterbi",
+    "multilabel_categorical_crossentropy",
+    "sparse_multilabel_categorical_crossentropy",
 ]
