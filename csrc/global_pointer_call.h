@@ -1,0 +1,110 @@
+// From the tensors of a GlobalPointer op to a GlobalPointerProblem, with its checks and the shapes of its outputs.
+#pragma once
+#include "checks.h"
+#include "global_pointer.h"
+
+namespace fastnlp {
+
+// The options that all ops share, in the order of their schemas.
+struct SpanOptions {
+  std::optional<Tensor> start_bias;
+  std::optional<Tensor> end_bias;
+  std::optional<Tensor> mask;
+  std::optional<Tensor> position_ids;
+  bool rope;
+  bool tril_mask;
+  int64_t max_span_length;
+  double scale;
+};
+
+struct GlobalPointerCall {
+  GlobalPointerProblem problem;
+  ScalarType compute;  // Double where q is, else Float
+  const Tensor& q;
+
+  GlobalPointerCall(const Tensor& q, const Tensor& k, const SpanOptions& options) : q(q) {
+    GlobalPointerProblem& p = problem;
+    check(q.dim() == 4, "q must be [B, n, H, d], got ", shape_of(q));
+    p.dtype = dtype_of(q, "q");
+    compute = p.dtype == DType::f64 ? ScalarType::Double : ScalarType::Float;
+    p.batch = q.size(0);
+    p.length = q.size(1);
+    p.dot_heads = q.size(2);
+    p.size = q.size(3);
+    check(p.dot_heads >= 1 && p.size >= 1, "q must have at least one head of at least one number, got ", shape_of(q));
+    check(p.length <= INT32_MAX, "q must have fewer than 2^31 tokens, got ", shape_of(q));
+    p.q = operand(q, "q");
+    bool same_shape = k.dim() == 4;
+    for (int64_t d = 0; d < 4; ++d) same_shape = same_shape && k.size(d) == q.size(d);
+    check(same_shape, "k must have the shape of q, ", shape_of(q), ", got ", shape_of(k));
+    p.k = operand(k, "k");
+
+    check(options.start_bias.has_value() == options.end_bias.has_value(),
+          "start_bias and end_bias must be given together");
+    p.heads = p.dot_heads;
+    if (options.start_bias) {
+      const Tensor& start = *options.start_bias;
+      check(start.dim() == 3, "start_bias must be [B, n, H], got ", shape_of(start));
+      p.heads = start.size(2);
+      check(p.heads >= 1 && (p.dot_heads == 1 || p.heads == p.dot_heads),
+            "start_bias must have the heads of q, or any number of them where q has one, got ", shape_of(start));
+      p.start_bias = bias(start, "start_bias");
+      p.end_bias = bias(*options.end_bias, "end_bias");
+    }
+
+    p.mask = nullptr;
+    if (options.mask) {
+      check_dense(*options.mask, "mask", {p.batch, p.length}, ScalarType::Bool, q);
+      p.mask = options.mask->const_data_ptr<bool>();
+    }
+    p.position_ids = nullptr;
+    if (options.position_ids) {
+      check_dense(*options.position_ids, "position_ids", {p.batch, p.length}, ScalarType::Long, q);
+      p.position_ids = options.position_ids->const_data_ptr<int64_t>();
+    }
+    p.rope = options.rope;
+    check(!p.rope || p.size % 2 == 0, "q must have an even head size where rope is on, got ", shape_of(q));
+    p.tril_mask = options.tril_mask;
+    p.max_span_length = options.max_span_length;
+    check(p.max_span_length >= 1 || p.max_span_length == -1, "max_span_length must be at least 1, got ",
+          p.max_span_length);
+    p.scale = options.scale;
+  }
+
+  SpanTensor operand(const Tensor& tensor, const char* name) const {
+    same_kind(tensor, name);
+    check(tensor.size(3) == 1 || tensor.stride(3) == 1, name, " must have adjacent numbers (stride 1)");
+    return {tensor.const_data_ptr(), tensor.stride(0), tensor.stride(1), tensor.stride(2)};
+  }
+
+  SpanTensor bias(const Tensor& tensor, const char* name) const {
+    same_kind(tensor, name);
+    const bool shaped = tensor.dim() == 3 && tensor.size(0) == problem.batch && tensor.size(1) == problem.length &&
+                        tensor.size(2) == problem.heads;
+    check(shaped, name, " must have shape (", problem.batch, ", ", problem.length, ", ", problem.heads, "), got ",
+          shape_of(tensor));
+    return {tensor.const_data_ptr(), tensor.stride(0), tensor.stride(1), tensor.stride(2)};
+  }
+
+  void same_kind(const Tensor& tensor, const char* name) const {
+    check(tensor.scalar_type() == q.scalar_type(), name, " must be ", torch::headeronly::toString(q.scalar_type()),
+          " like q, got ", torch::headeronly::toString(tensor.scalar_type()));
+    check(tensor.device() == q.device(), name, " must be on the device of q");
+  }
+
+  // [B, H]: what a loss is made of, and its gradient.
+  Tensor per_row() const { return new_tensor(q, {problem.batch, problem.heads}, compute); }
+  const void* per_row(const Tensor& tensor, const char* name) const {
+    check_dense(tensor, name, {problem.batch, problem.heads}, compute, q);
+    return tensor.const_data_ptr();
+  }
+  Tensor like_q() const {
+    return new_tensor(q, {problem.batch, problem.length, problem.dot_heads, problem.size}, q.scalar_type());
+  }
+  Tensor like_bias() const {
+    if (!problem.start_bias.data) return new_tensor(q, {0}, q.scalar_type());
+    return new_tensor(q, {problem.batch, problem.length, problem.heads}, q.scalar_type());
+  }
+};
+
+}  // namespace fastnlp
