@@ -21,8 +21,10 @@ struct GlobalPointerCall {
   GlobalPointerProblem problem;
   ScalarType compute;  // Double where q is, else Float
   const Tensor& q;
+  bool biased;  // empty biases have no data, and are there
 
-  GlobalPointerCall(const Tensor& q, const Tensor& k, const SpanOptions& options) : q(q) {
+  GlobalPointerCall(const Tensor& q, const Tensor& k, const SpanOptions& options)
+      : q(q), biased(options.start_bias.has_value()) {
     GlobalPointerProblem& p = problem;
     check(q.dim() == 4, "q must be [B, n, H, d], got ", shape_of(q));
     p.dtype = dtype_of(q, "q");
@@ -102,7 +104,7 @@ struct GlobalPointerCall {
     return new_tensor(q, {problem.batch, problem.length, problem.dot_heads, problem.size}, q.scalar_type());
   }
   Tensor like_bias() const {
-    if (!problem.start_bias.data) return new_tensor(q, {0}, q.scalar_type());
+    if (!biased) return new_tensor(q, {0}, q.scalar_type());
     return new_tensor(q, {problem.batch, problem.length, problem.heads}, q.scalar_type());
   }
 };

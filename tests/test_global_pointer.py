@@ -73,10 +73,10 @@ def test_reductions(function, case, reduction, device):
         assert torch.allclose(own, plain)
 
 
-def small_problem(case, device):
+def small_problem(case, device, n=4, d=4):
     # NaN cannot be perturbed by finite differences: masked tokens hold numbers here.
     options = {**CASES[case], "poison": False}
-    limits = {"B": 2, "n": 4, "H": 2, "d": 4 if options.get("rope", True) else 3}
+    limits = {"B": 2, "n": n, "H": 2, "d": d if options.get("rope", True) else d - 1}
     options |= {name: min(limit, options[name]) for name, limit in limits.items()}
     return make_problem(device=device, dtype=torch.float64, **options)
 
@@ -103,7 +103,7 @@ def test_gradcheck(function, case, device):
 @each_function
 @pytest.mark.parametrize("case", SMALL)
 def test_gradgradcheck(function, case, device):
-    problem, leaves = small_problem(case, device).leaves()
+    problem, leaves = small_problem(case, device, n=3, d=2).leaves()
     assert torch.autograd.gradgradcheck(as_function(function, problem), leaves[: used(function, problem)])
 
 
@@ -177,8 +177,7 @@ def test_compile(function, case, device):
     def check(B, n):
         problem = make_problem(device=device, **{**CASES[case], "B": B, "n": n})
         eager = step(functools.partial(function, fastnlp_ops), problem)
-        for ours, expected in zip(step(compiled, problem), eager, strict=True):
-            assert_same(ours, expected)
+        assert_all_same(step(compiled, problem), eager)
 
     # No two sizes alike: dynamo takes equal sizes for the same symbol.
     check(9, 11)
@@ -207,15 +206,21 @@ def test_compile_is_one_kernel_each_way(device):
     assert leaves[0].grad.abs().sum() > 0
 
 
-@pytest.mark.parametrize("options", [{}, {"nested": False, "top_k": 2}], ids=["all", "flat"])
+@pytest.mark.parametrize("options", [{}, {"top_k": 2}, {"nested": False}], ids=["all", "best", "flat"])
 def test_compile_decode(options, device):
     torch._dynamo.reset()
-    problem = make_problem(device=device, **CASES["efficient"])
-    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
-        compiled = torch.compile(decode, fullgraph=True, dynamic=True, backend="aot_eager")
-        found = compiled(fastnlp_ops, problem, **options)
-    for ours, expected in zip(found, decode(fastnlp_ops, problem, **options), strict=True):
-        assert_same(ours, expected)
+    compiled = torch.compile(decode, fullgraph=True, dynamic=True, backend="aot_eager")
+
+    def check(B, n):
+        problem = make_problem(device=device, **{**CASES["efficient"], "B": B, "n": n})
+        with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+            found = compiled(fastnlp_ops, problem, **options)
+        assert_all_same(found, decode(fastnlp_ops, problem, **options))
+
+    check(9, 11)
+    # flat_spans takes sizes as integers, and each size is compiled anew: torch 2.10 gives C++ no symbolic ones.
+    with torch.compiler.set_stance("default" if "nested" in options else "fail_on_recompile"):
+        check(10, 13)
 
 
 class Head(torch.nn.Module):
