@@ -75,7 +75,8 @@ struct GlobalPointerCall {
 
   SpanTensor operand(const Tensor& tensor, const char* name) const {
     same_kind(tensor, name);
-    check(tensor.size(3) == 1 || tensor.stride(3) == 1, name, " must have adjacent numbers (stride 1)");
+    const bool adjacent = tensor.size(3) == 1 || tensor.stride(3) == 1 || tensor.numel() == 0;
+    check(adjacent, name, " must have adjacent numbers (stride 1)");
     return {tensor.const_data_ptr(), tensor.stride(0), tensor.stride(1), tensor.stride(2)};
   }
 
