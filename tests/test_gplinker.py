@@ -250,7 +250,7 @@ def flood(n, R, d, share):
 def test_untrained_model_in_bounded_memory(n, threshold, monkeypatch):
     """A quarter of all spans are subjects, a quarter objects: scores of all pairs are never held.
 
-    Those are 105 MB for 80 tokens, where few count, or none, and 14 MB for 48, where a quarter does: the result is 45 MB.
+    Those are 105 MB for 80 tokens, where few count, or none; 14 MB for 48, where a quarter does: the result is 45 MB.
     """
     monkeypatch.setattr(gplinker, "_NUMBERS", 1 << 18)
     problem = flood(n, R=40, d=16, share=0.25)
