@@ -367,9 +367,7 @@ def test_training(kind, rope, device):
         optimizer.step()
         losses.append(loss.item())
     assert all(math.isfinite(loss) and loss >= 0 for loss in losses)
-    thirds = [sum(losses[i : i + 50]) for i in (0, 50, 100)]
-    assert thirds[0] > thirds[1] > thirds[2]
-    assert losses[-1] < 0.02 * losses[0]
+    assert sum(losses[100:]) < 0.02 * sum(losses[:50])
     tokens, mask, labels = make_batch(source, 100, device)
     spans, _ = model.spans.decode(model.embedding(tokens), mask)
     expected = sorted(map(tuple, labels.tolist()))

@@ -32,7 +32,7 @@ def make_pair(kind, device, **options):
 
 
 def make_batch(device):
-    """Hidden states, a right-padded mask as bert4torch wants it, and labels [B, H, 3, 2]: distinct, valid, not (0, 0)."""
+    """Hidden states, a right-padded int mask, and labels [B, H, 3, 2]: distinct, valid, none of them (0, 0)."""
     lengths = [n, n - 3, n - 6]
     mask = torch.tensor([[1] * length + [0] * (n - length) for length in lengths], device=device)
     labels = torch.empty(B, H, 3, 2, dtype=torch.int64)
@@ -345,13 +345,12 @@ def test_rope_of_half_precision(device):
     assert ((scores - exact).abs() <= 2**-8 * exact.abs() + 1e-5).all()
 
 
+@needs_peer
 def test_efficient_checkpoint_of_another_package():
     """bert4torch's docstring: its efficient layer and bert4keras' "are no different". Loaded as such, scores are wrong.
 
     Of equal shapes, in another order; load_state_dict accepts them in silence and is off by up to 13.7.
     """
-    if PEER is None:
-        pytest.skip("bert4torch is not installed: see benchmarks/peers.txt")
     peer, ours = make_pair("efficient", "cpu")
     x, mask, _ = make_batch("cpu")
     valid = valid_cells(mask)

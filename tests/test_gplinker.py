@@ -94,9 +94,9 @@ def test_forward(case, form, device):
 @pytest.mark.parametrize("form", FORMS)
 def test_a_few_numbers_at_a_time(numbers, form, device, monkeypatch):
     """The bound on memory cuts the batch into groups of sequences, and the pairs of spans into parts."""
-    problem = make_problem(device, B=4, n=9, spans=12, mask="holes", form=form)
+    problem = make_problem(device, B=4, n=9, spans=20, mask="holes", form=form)
     expected = problem.decode(fastnlp_ops)
-    assert len(expected[0]) > 10
+    assert len(expected[0]) > 0
     monkeypatch.setattr(gplinker, "_NUMBERS", numbers)
     for ours, whole_batch in zip(problem.decode(fastnlp_ops), expected, strict=True):
         assert_same(ours, whole_batch)
