@@ -164,6 +164,16 @@ def make_problem(
     )
 
 
+def problem_of(scores, labels=None, **options):
+    """A problem whose scores are these [B, H, n, n], to the bit: k is the identity, so dq is the gradient of scores."""
+    B, H, n, _ = scores.shape
+    k = torch.eye(n, dtype=scores.dtype, device=scores.device)[None, :, None].expand(B, n, H, n)
+    q = scores.transpose(1, 2)
+    if labels is None:
+        labels = torch.full((0, 4), -1, device=scores.device)
+    return Problem(q, k, None, None, labels, (q, k, None, None), rope=False, scale=1.0, **options)
+
+
 def scores(module, problem):
     return module.global_pointer_scores(problem.q, problem.k, **problem.options)
 

@@ -64,6 +64,18 @@ def test_layouts_expanded(device):
     assert_same(loss(fastnlp_ops, problem), loss(fastnlp_ops, one).expand(B, H).contiguous())
 
 
+def test_layouts_of_nothing(device):
+    """No tokens, in a view that keeps the strides of what it was cut from."""
+    q = torch.randn(2, 3, 8, 5, device=device, requires_grad=True)
+    nothing = q[..., :0].permute(0, 3, 1, 2)  # [2, 0, 3, 8], channels 5 apart
+    none = torch.zeros(0, 4, dtype=torch.int64, device=device)
+    value = fastnlp_ops.global_pointer_loss(nothing, nothing, none)
+    assert value == 0
+    assert not torch.autograd.grad(value, q)[0].any()
+    assert fastnlp_ops.global_pointer_scores(nothing, nothing).shape == (2, 3, 0, 0)
+    assert fastnlp_ops.global_pointer_decode(nothing, nothing)[0].shape == (0, 4)
+
+
 def test_layouts_of_one_tensor(device):
     """q is k: both gradients arrive at the one tensor, to any order."""
     plain = make_problem(device=device, dtype=torch.float64, **CASES["left"])

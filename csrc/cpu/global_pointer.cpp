@@ -1,6 +1,8 @@
 // Scores of spans and their gradients, tile by tile; and the table of all kernels of GlobalPointer.
+#include "global_pointer_decode.h"
 #include "global_pointer_divergence.h"
 #include "global_pointer_loss.h"
+#include "global_pointer_shared_loss.h"
 
 namespace fastnlp {
 namespace FASTNLP_ISA {
@@ -78,8 +80,8 @@ struct Scores {
 };
 
 template <class C>
-void scores(const SpanItem& item, const SpanPart& part, void* scratch) {
-  const Scores<C> op(item);
+void scores(const SpanItem* items, const SpanPart& part, void* scratch, SpanSums*) {
+  const Scores<C> op(items[0]);
   const Packed<C>& packed = op.packed;
   Arena arena(scratch);
   C* cells = arena.take<C>(Tile<C>::elements);
@@ -102,8 +104,8 @@ void scores(const SpanItem& item, const SpanPart& part, void* scratch) {
 }
 
 template <class C>
-void scores_backward(const SpanItem& item, const SpanPart& part, void* scratch) {
-  const Scores<C> op(item);
+void scores_backward(const SpanItem* items, const SpanPart& part, void* scratch, SpanSums*) {
+  const Scores<C> op(items[0]);
   const GlobalPointerWork& work = op.packed.work;
   Arena arena(scratch);
   C* total = arena.take<C>(Tile<C>::elements);
@@ -130,29 +132,39 @@ void scores_backward(const SpanItem& item, const SpanPart& part, void* scratch) 
 }
 
 template <class C>
-GlobalPointerKernels table() {
-  GlobalPointerKernels kernels;
-  kernels.packed_size = [](const GlobalPointerProblem& p, int64_t count) -> size_t {
-    return static_cast<size_t>(Packed<C>::elements(p, count)) * sizeof(C);
+GlobalPointerKernels table(const GlobalPointerProblem& problem) {
+  const SpanOp dense = {
+      [](const GlobalPointerProblem& p, int64_t count) -> size_t {
+        return static_cast<size_t>(Packed<C>::elements(p, count)) * sizeof(C);
+      },
+      [](const GlobalPointerProblem& p, int64_t columns) -> size_t {
+        return static_cast<size_t>(6 * Tile<C>::elements + 2 * Gradients<C>::elements(p, columns)) * sizeof(C) +
+               static_cast<size_t>(p.heads_per_dot()) * sizeof(SpanSums) + 64;
+      },
+      [](const SpanItem& item, int64_t begin, int64_t end) { Packed<C>(item).pack(begin, end); }, nullptr};
+  const auto with = [](SpanOp op, auto run) {
+    op.run = run;
+    return op;
   };
-  kernels.scratch_size = [](const GlobalPointerProblem& p, int64_t columns) -> size_t {
-    return static_cast<size_t>(6 * Tile<C>::elements + 2 * Gradients<C>::elements(p, columns)) * sizeof(C) +
-           static_cast<size_t>(p.heads_per_dot()) * sizeof(SpanSums) + 64;
-  };
-  kernels.pack = [](const SpanItem& item, int64_t begin, int64_t end) { Packed<C>(item).pack(begin, end); };
-  kernels.scores = scores<C>;
-  kernels.scores_backward = scores_backward<C>;
-  kernels.loss = loss<C>;
-  kernels.loss_backward = loss_backward<C>;
-  kernels.divergence = divergence<C>;
-  kernels.divergence_backward = divergence_backward<C>;
+  GlobalPointerKernels kernels = {with(dense, scores<C>),
+                                  with(dense, scores_backward<C>),
+                                  with(dense, loss<C>),
+                                  with(dense, loss_backward<C>),
+                                  with(dense, divergence<C>),
+                                  with(dense, divergence_backward<C>),
+                                  with(dense, decode<C>),
+                                  merge};
+  if (problem.heads_per_dot() > 1) {
+    kernels.loss = shared_loss_op<C, false>();
+    kernels.loss_backward = shared_loss_op<C, true>();
+  }
   return kernels;
 }
 
 }  // namespace
 
 GlobalPointerKernels global_pointer_kernels(const GlobalPointerProblem& problem) {
-  return problem.dtype == DType::f64 ? table<double>() : table<float>();
+  return problem.dtype == DType::f64 ? table<double>(problem) : table<float>(problem);
 }
 
 }  // namespace FASTNLP_ISA

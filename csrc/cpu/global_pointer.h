@@ -67,6 +67,9 @@ struct GlobalPointerWork {
   const void* log_negative = nullptr;
   const void* log_positive = nullptr;
 
+  double threshold = 0;  // of decode,
+  void* hits = nullptr;  // which adds to these: std::vector<SpanHit<C>> [B, dot heads, blocks of n starts]
+
   void* dq = nullptr;  // like q and the biases, contiguous
   void* dk = nullptr;
   void* dstart_bias = nullptr;
@@ -80,13 +83,14 @@ struct SpanSums {
   double divergence = 0;
 };
 
-namespace {
-static inline void add(SpanSums& sums, const SpanSums& block) {
-  add(sums.negative, block.negative);
-  add(sums.positive, block.positive);
-  sums.divergence += block.divergence;
-}
-}  // namespace
+// A cell whose score is above the threshold.
+template <class C>
+struct SpanHit {
+  int32_t head;   // among those of the item
+  int32_t start;  // numbers of tokens, not positions
+  int32_t end;
+  C score;
+};
 
 struct SpanItem {
   const GlobalPointerWork* work;
@@ -106,20 +110,27 @@ struct SpanPart {
   bool ends;
 };
 
-struct GlobalPointerKernels {
-  // Bytes of an item's packed operands, and of the scratch that a thread gives to a kernel for `columns` blocks of
-  // ends.
+// One op, as the host calls it: packs the operands of an item, then runs parts of the item.
+struct SpanOp {
+  // Bytes of an item's packed operands, and of the scratch that a thread gives to `run` for `columns` blocks of ends.
   size_t (*packed_size)(const GlobalPointerProblem&, int64_t count);
   size_t (*scratch_size)(const GlobalPointerProblem&, int64_t columns);
-  // Rotates and packs the tokens begin .. end - 1, end a multiple of 16 or the last.
+  // Packs the tokens begin .. end - 1: whole blocks of columns, the last one to the end.
   void (*pack)(const SpanItem&, int64_t begin, int64_t end);
+  // `items`: one, or the two of a divergence. Forward passes set one sum for each head of the item.
+  void (*run)(const SpanItem* items, const SpanPart&, void* scratch, SpanSums*);
+};
 
-  void (*scores)(const SpanItem&, const SpanPart&, void* scratch);
-  void (*scores_backward)(const SpanItem&, const SpanPart&, void* scratch);
-  void (*loss)(const SpanItem&, const SpanPart&, void* scratch, SpanSums*);  // one sum for each head of the item
-  void (*loss_backward)(const SpanItem&, const SpanPart&, void* scratch);
-  void (*divergence)(const SpanItem&, const SpanItem&, const SpanPart&, void* scratch, SpanSums*);
-  void (*divergence_backward)(const SpanItem&, const SpanItem&, const SpanPart&, void* scratch);
+struct GlobalPointerKernels {
+  SpanOp scores;
+  SpanOp scores_backward;
+  SpanOp loss;
+  SpanOp loss_backward;
+  SpanOp divergence;
+  SpanOp divergence_backward;
+  SpanOp decode;
+  // sums += those of the next blocks of rows, in the arithmetic in which kernels add up theirs.
+  void (*merge)(SpanSums* sums, const SpanSums* next, int64_t heads);
 };
 
 namespace baseline {

@@ -5,7 +5,7 @@
 #include <atomic>
 #include <tuple>
 
-#include "global_pointer_plan.h"
+#include "global_pointer_spans.h"
 
 namespace fastnlp {
 namespace {
@@ -69,29 +69,28 @@ struct Run {
     SpanMemory packed;
     std::unique_ptr<SpanLabels> labels;
   };
-  size_t packed_size(const SpanSequence& sequence) const {
-    return (kernels.packed_size(call.problem, sequence.count) + 63) / 64 * 64;
+  size_t packed_size(const SpanOp& op, const SpanSequence& sequence) const {
+    return (op.packed_size(call.problem, sequence.count) + 63) / 64 * 64;
   }
-  void hold(int64_t index, Held* held) const {
+  void hold(const SpanOp& op, int64_t index, Held* held) const {
     const int64_t dot_head = index % call.problem.dot_heads;
     const SpanSequence& sequence = plan.sequences[index / call.problem.dot_heads];
     char* const memory = static_cast<char*>(held->packed.get());
     if (cells) held->labels = std::make_unique<SpanLabels>(call.problem, plan, sequence, dot_head, cells, cell_count);
     for (int64_t r = 0; r < runs; ++r)
-      held->items[r] = {&works[r], &sequence, dot_head, memory + r * packed_size(sequence),
+      held->items[r] = {&works[r], &sequence, dot_head, memory + r * packed_size(op, sequence),
                         cells ? held->labels->get() : SpanMarks{}};
   }
 
-  // f(items, part, scratch, sums) for all blocks. An item is a thread's own where there are enough of them; those that
+  // Runs the op on all blocks of all items. An item is a thread's own where there are enough of them; those that
   // are left are shared out by blocks of rows and then, for gradients, by blocks of columns. Sums have one order.
-  template <class F>
-  void each_item(bool gradients, const F& f) {
+  void each_item(const SpanOp& op, bool gradients) {
     const GlobalPointerProblem& p = call.problem;
     const int64_t items = p.items(), heads = p.heads_per_dot();
     const int64_t threads = torch::stable::get_num_threads();
     if (!gradients) sums.resize(p.batch * p.heads);
     if (items == 0) return;
-    const size_t size = runs * packed_size(plan.sequences[0]);
+    const size_t size = runs * packed_size(op, plan.sequences[0]);
     const bool alone = runs * plan.cells * p.size < (int64_t{1} << 16);  // some 20 microseconds of work
     const bool nearly_even = items % threads * 4 >= threads * 3;
     const int64_t whole = alone || nearly_even ? items : items - items % threads;
@@ -101,40 +100,39 @@ struct Run {
 
     in_parallel(whole, alone, [&](Queue& queue) {
       Held held = {{}, SpanMemory(size), {}};
-      const SpanMemory scratch(kernels.scratch_size(p, plan.sequences[0].column_blocks()));
+      const SpanMemory scratch(op.scratch_size(p, plan.sequences[0].column_blocks()));
       for (int64_t index; queue.take(&index);) {
-        hold(index, &held);
+        hold(op, index, &held);
         const SpanSequence& sequence = *held.items[0].sequence;
-        for (int64_t r = 0; r < runs; ++r) kernels.pack(held.items[r], 0, sequence.count);
-        f(held.items, SpanPart{0, sequence.row_blocks(), 0, sequence.column_blocks(), true, true}, scratch.get(),
-          sums_of(held.items[0]));
+        for (int64_t r = 0; r < runs; ++r) op.pack(held.items[r], 0, sequence.count);
+        op.run(held.items, SpanPart{0, sequence.row_blocks(), 0, sequence.column_blocks(), true, true}, scratch.get(),
+               sums_of(held.items[0]));
       }
     });
 
     for (int64_t index = whole; index < items; ++index) {
       Held held = {{}, SpanMemory(size), {}};
-      hold(index, &held);
+      hold(op, index, &held);
       const SpanSequence& sequence = *held.items[0].sequence;
       const int64_t rows = sequence.row_blocks(), columns = sequence.column_blocks();
       in_parallel(columns, alone, [&](Queue& queue) {
         for (int64_t c; queue.take(&c);)
           for (int64_t r = 0; r < runs; ++r)
-            kernels.pack(held.items[r], c * kSpanColumns, std::min((c + 1) * kSpanColumns, sequence.count));
+            op.pack(held.items[r], c * kSpanColumns, std::min((c + 1) * kSpanColumns, sequence.count));
       });
       std::vector<SpanSums> blocks(gradients ? 0 : rows * heads);
       in_parallel(rows, alone, [&](Queue& queue) {
-        const SpanMemory scratch(kernels.scratch_size(p, columns));
+        const SpanMemory scratch(op.scratch_size(p, columns));
         for (int64_t r; queue.take(&r);)
-          f(held.items, SpanPart{r, r + 1, 0, columns, true, false}, scratch.get(),
-            gradients ? nullptr : &blocks[r * heads]);
+          op.run(held.items, SpanPart{r, r + 1, 0, columns, true, false}, scratch.get(),
+                 gradients ? nullptr : &blocks[r * heads]);
       });
-      for (int64_t r = 0; !gradients && r < rows; ++r)
-        for (int64_t h = 0; h < heads; ++h) add(sums_of(held.items[0])[h], blocks[r * heads + h]);
+      for (int64_t r = 0; !gradients && r < rows; ++r) kernels.merge(sums_of(held.items[0]), &blocks[r * heads], heads);
       if (!gradients) continue;
       in_parallel(columns, alone, [&](Queue& queue) {
-        const SpanMemory scratch(kernels.scratch_size(p, 1));
+        const SpanMemory scratch(op.scratch_size(p, 1));
         for (int64_t c; queue.take(&c);)
-          f(held.items, SpanPart{0, rows, c, c + 1, false, true}, scratch.get(), nullptr);
+          op.run(held.items, SpanPart{0, rows, c, c + 1, false, true}, scratch.get(), nullptr);
       });
     }
   }
@@ -174,9 +172,7 @@ Tensor global_pointer_scores(const Tensor& q, const Tensor& k, SPAN_OPTIONS) {
   const GlobalPointerProblem& p = run.call.problem;
   Tensor scores = new_tensor(q, {p.batch, p.heads, p.length, p.length}, q.scalar_type());
   run.works[0].scores = scores.mutable_data_ptr();
-  run.each_item(false, [&](const SpanItem* items, const SpanPart& part, void* scratch, SpanSums*) {
-    run.kernels.scores(items[0], part, scratch);
-  });
+  run.each_item(run.kernels.scores, false);
   return scores;
 }
 
@@ -187,20 +183,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> global_pointer_scores_backward(const 
   check_dense(dscores, "dscores", {p.batch, p.heads, p.length, p.length}, q.scalar_type(), q);
   run.works[0].dscores = dscores.const_data_ptr();
   auto gradients = run.new_gradients(run.works[0]);
-  run.each_item(true, [&](const SpanItem* items, const SpanPart& part, void* scratch, SpanSums*) {
-    run.kernels.scores_backward(items[0], part, scratch);
-  });
+  run.each_item(run.kernels.scores_backward, true);
   return gradients;
 }
 
 std::tuple<Tensor, Tensor> global_pointer_loss(const Tensor& q, const Tensor& k, const Tensor& cells, SPAN_OPTIONS) {
   Run run(q, k, SPAN_OPTION_VALUES);
   run.labels(cells);
-  run.each_item(false, [&](const SpanItem* items, const SpanPart& part, void* scratch, SpanSums* sums) {
-    run.kernels.loss(items[0], part, scratch, sums);
-  });
-  return {run.per_row([](const SpanSums& sums) { return with_one(sums.negative); }),
-          run.per_row([](const SpanSums& sums) { return with_one(sums.positive); })};
+  run.each_item(run.kernels.loss, false);
+  return {run.per_row([](const SpanSums& sums) { return log_one_plus(&sums.negative, 1); }),
+          run.per_row([](const SpanSums& sums) { return log_one_plus(&sums.positive, 1); })};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> global_pointer_loss_backward(const Tensor& dloss, const Tensor& log_negative,
@@ -213,9 +205,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> global_pointer_loss_backward(const Te
   run.works[0].log_negative = run.call.per_row(log_negative, "log_negative");
   run.works[0].log_positive = run.call.per_row(log_positive, "log_positive");
   auto gradients = run.new_gradients(run.works[0]);
-  run.each_item(true, [&](const SpanItem* items, const SpanPart& part, void* scratch, SpanSums*) {
-    run.kernels.loss_backward(items[0], part, scratch);
-  });
+  run.each_item(run.kernels.loss_backward, true);
   return gradients;
 }
 
@@ -247,9 +237,7 @@ struct Divergence : Run {
 Tensor global_pointer_divergence(const Tensor& q1, const Tensor& k1, const OptionalTensor& start_bias1,
                                  const OptionalTensor& end_bias1, const Tensor& q2, const Tensor& k2, SPAN_OPTIONS) {
   Divergence run(q1, k1, start_bias1, end_bias1, q2, k2, SPAN_OPTION_VALUES);
-  run.each_item(false, [&](const SpanItem* items, const SpanPart& part, void* scratch, SpanSums* sums) {
-    run.kernels.divergence(items[0], items[1], part, scratch, sums);
-  });
+  run.each_item(run.kernels.divergence, false);
   return run.per_row([](const SpanSums& sums) { return sums.divergence; });
 }
 
@@ -260,10 +248,27 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> globa
   run.works[0].dloss = run.call.per_row(ddivergence, "ddivergence");
   const auto one = run.new_gradients(run.works[0]);
   const auto two = run.new_gradients(run.works[1]);
-  run.each_item(true, [&](const SpanItem* items, const SpanPart& part, void* scratch, SpanSums*) {
-    run.kernels.divergence_backward(items[0], items[1], part, scratch);
-  });
+  run.each_item(run.kernels.divergence_backward, true);
   return std::tuple_cat(one, two);
+}
+
+template <class C>
+std::tuple<Tensor, Tensor> decode(Run& run) {
+  const GlobalPointerProblem& p = run.call.problem;
+  std::vector<std::vector<SpanHit<C>>> hits(p.items() * ((p.length + kSpanRows - 1) / kSpanRows));
+  run.works[0].hits = hits.data();
+  run.each_item(run.kernels.decode, false);
+  return sorted_spans(run.call, run.plan, hits, [&](int64_t count, const auto& f) {
+    in_parallel(count, false, [&](Queue& queue) {
+      for (int64_t block; queue.take(&block);) f(block);
+    });
+  });
+}
+
+std::tuple<Tensor, Tensor> global_pointer_decode(const Tensor& q, const Tensor& k, SPAN_OPTIONS, double threshold) {
+  Run run(q, k, SPAN_OPTION_VALUES);
+  run.works[0].threshold = threshold;
+  return run.call.compute == ScalarType::Double ? decode<double>(run) : decode<float>(run);
 }
 
 }  // namespace
@@ -273,6 +278,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastnlp_ops, CPU, m) {
   m.impl("global_pointer_scores_backward", TORCH_BOX(&global_pointer_scores_backward));
   m.impl("global_pointer_loss", TORCH_BOX(&global_pointer_loss));
   m.impl("global_pointer_loss_backward", TORCH_BOX(&global_pointer_loss_backward));
+  m.impl("global_pointer_decode", TORCH_BOX(&global_pointer_decode));
   m.impl("global_pointer_divergence", TORCH_BOX(&global_pointer_divergence));
   m.impl("global_pointer_divergence_backward", TORCH_BOX(&global_pointer_divergence_backward));
 }

@@ -84,7 +84,7 @@ struct Packed {
   C* const panels;       // k transposed: [padded / panel, d, panel]
   C* const biases;       // null, or of each head of the item: of starts [padded], of ends [padded]
 
-  explicit Packed(const SpanItem& item)
+  explicit Packed(const SpanItem& item, bool with_biases = true)
       : work(*item.work),
         p(item.work->problem),
         sequence(*item.sequence),
@@ -94,10 +94,10 @@ struct Packed {
         q(static_cast<C*>(item.packed)),
         k(q + padded * width),
         panels(k + padded * width),
-        biases(p.start_bias.data ? panels + padded * p.size : nullptr) {}
+        biases(with_biases && p.start_bias.data ? panels + padded * p.size : nullptr) {}
 
-  static int64_t elements(const GlobalPointerProblem& p, int64_t count) {
-    const int64_t biases = p.start_bias.data ? 2 * p.heads_per_dot() : 0;
+  static int64_t elements(const GlobalPointerProblem& p, int64_t count, bool with_biases = true) {
+    const int64_t biases = with_biases && p.start_bias.data ? 2 * p.heads_per_dot() : 0;
     return padded_to_panel<C>(count) * (2 * padded_to_panel<C>(p.size) + p.size + biases);
   }
   C* start_bias(int64_t of_item) const { return biases + 2 * of_item * padded; }
@@ -109,6 +109,14 @@ struct Packed {
            head * tensor.head_stride;
   }
   int64_t head(int64_t of_item) const { return dot_head * p.heads_per_dot() + of_item; }
+
+  C bias(const SpanTensor& tensor, int64_t t, int64_t of_item) const {
+    C value{};
+    with_stored<C>(p.dtype, [&](auto* type) {
+      value = static_cast<decltype(type)>(tensor.data)[offset(tensor, t, head(of_item))];
+    });
+    return value;
+  }
 
   // The biases of tokens begin .. end - 1 of one head; zeros up to the next panel.
   void read_bias(const SpanTensor& tensor, int64_t of_item, int64_t begin, int64_t end, C* to) const {

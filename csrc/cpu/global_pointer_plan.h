@@ -44,6 +44,9 @@ struct SpanPlan {
                      [](const SpanSequence& a, const SpanSequence& b) { return a.count > b.count; });
   }
 
+  const int32_t* positions(const GlobalPointerProblem& p, int64_t b) const {
+    return position.data() + (p.mask ? b * p.length : 0);
+  }
   const int32_t* tokens(const GlobalPointerProblem& p, const SpanSequence& sequence) const {
     return token.data() + (p.mask ? sequence.index * p.length : 0);
   }

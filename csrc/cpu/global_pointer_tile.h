@@ -68,6 +68,12 @@ struct Tile {
     each_vector([&](int64_t at) { store(to + at, load(to + at) + load(cells + at)); });
   }
 
+  C largest(const C* cells) const {
+    Vec<C> most = splat(kNone<C>);
+    each_vector([&](int64_t at) { most = maximum(most, load(cells + at)); });
+    return max_of(most);
+  }
+
   // f(index of a vector of cells) for all that are computed, row by row.
   template <class F>
   void each_vector(const F& f) const {
@@ -98,20 +104,26 @@ struct Tile {
     }
   }
 
-  // dk [columns, width] += cells^T q
-  void add_dk(const C* cells, C* dk) const {
+  // f(panel of columns, first row, rows) with the rows that are computed there.
+  template <class F>
+  void each_panel(const F& f) const {
     int64_t g0 = 0, g1 = 0;  // the groups that compute panel x: both rise with x
     for (int64_t x = 0; x < columns; x += kPanel<C>) {
       while (g0 < groups && end[g0] <= x) ++g0;
       while (g1 < groups && begin[g1] <= x) ++g1;
-      if (g0 >= g1) continue;
-      const int64_t r = g0 * kGroup, depth = std::min(g1 * kGroup, rows) - r;
+      if (g0 < g1) f(x, g0 * kGroup, std::min(g1 * kGroup, rows) - g0 * kGroup);
+    }
+  }
+
+  // dk [columns, width] += cells^T q
+  void add_dk(const C* cells, C* dk) const {
+    each_panel([&](int64_t x, int64_t r, int64_t depth) {
       for (int64_t y = 0; y < packed.width; y += kPanel<C>)
         for (int64_t m = 0; m < kPanel<C>; m += kGroup)
           product<C, true>(std::min(kGroup, kPanel<C> - m), depth, cells + r * stride + x + m, 1, stride,
                            packed.q + (row0 + r) * packed.width + y, packed.width, dk + (x + m) * packed.width + y,
                            packed.width);
-    }
+    });
   }
 
   // Gradients of biases: sums of the rows, sums of the columns.

@@ -27,7 +27,7 @@ struct Call {
     check(scores.dim() == 2, "scores must be [R, C], got ", shape_of(scores));
     work.rows = scores.size(0);
     work.classes = scores.size(1);
-    check(work.classes <= 1 || scores.stride(1) == 1, "scores must have adjacent classes (stride 1)");
+    check(work.classes <= 1 || scores.stride(1) == 1 || work.rows == 0, "scores must have adjacent classes (stride 1)");
     work.scores = scores.const_data_ptr();
     work.scores_dtype = dtype_of(scores, "scores");
     work.scores_stride = scores.stride(0);
