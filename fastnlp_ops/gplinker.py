@@ -96,8 +96,9 @@ def gplinker_decode(
     Args:
         spans (Tensor[M, 4]): int (b, role, start, end) in any order, role 0 a subject and 1 an object: what
             :func:`global_pointer_decode` finds for an entity layer of two heads. A span listed twice counts once.
-        head_q, head_k (Tensor[B, n, R, d]): projections for R relations between first tokens, without RoPE;
-            [B, n, 1, d] where biases are given (Efficient). float32, float64, float16 or bfloat16, any strides.
+        head_q, head_k (Tensor[B, n, R, d]): projections for R relations between first tokens, without RoPE, as
+            ``GlobalPointer.project`` gives them; [B, n, 1, d] where biases are given (``EfficientGlobalPointer``).
+            float32, float64, float16 or bfloat16, any strides.
         tail_q, tail_k (Tensor[B, n, R, d]): those between last tokens.
         head_start_bias, head_end_bias (Tensor[B, n, R]): biases at the subject's and the object's token, or None.
         tail_start_bias, tail_end_bias (Tensor[B, n, R]): those of the tail scores, or None.

@@ -204,6 +204,7 @@ def test_errors(kind):
     layer, x = make_layer(kind, "cpu"), torch.randn(B, n, D)
     labels = torch.zeros(B, H, 2, 2, dtype=torch.int64)
     for call, sentence in (
+        (lambda: layer.project(x[0]), "hidden_states must be [B, n, 12], got shape (9, 12)"),
         (lambda: layer(x[0]), "hidden_states must be [B, n, 12], got shape (9, 12)"),
         (lambda: layer(x[..., :8]), "hidden_states must be [B, n, 12], got shape (3, 9, 8)"),
         (lambda: layer.decode(x[0]), "hidden_states must be [B, n, 12], got shape (9, 12)"),
@@ -223,6 +224,22 @@ def test_errors(kind):
         with pytest.raises(ValueError) as caught:
             call()
         assert str(caught.value) == sentence
+
+
+@both_layers
+def test_hidden_states_of_masked_tokens(kind, device):
+    """NaN there reaches no score, no loss, no span and no gradient of another token."""
+    layer, (x, labels, _) = make_layer(kind, device), make_inputs(device)
+    mask = torch.arange(n, device=device) < torch.tensor([[9], [5], [2]], device=device)
+    poisoned = x.masked_fill(~mask[:, :, None], math.nan)
+    results = []
+    for hidden in (x, poisoned):
+        hidden = hidden.clone().requires_grad_()
+        loss = layer.loss(hidden, labels, mask)
+        (gradient,) = torch.autograd.grad(loss, hidden)
+        results.append([loss.detach(), gradient, layer(hidden, mask).detach(), *layer.decode(hidden, mask)])
+    for ours, clean in zip(*reversed(results), strict=True):
+        assert_same(ours, clean)
 
 
 @both_layers
