@@ -75,7 +75,7 @@ struct LaneSide : LaneRows {
     // NaN, +inf, or nothing but -inf
     failed |= ((sum != sum) | (largest - largest != Float8{})) & lanes_below<float>(live);
 #pragma GCC unroll 4
-    for (int64_t j = 0; j < n; ++j) store(to + j * kLanes, exponential_of_number(load(to + j * kLanes) - largest));
+    for (int64_t j = 0; j < n; ++j) store(to + j * kLanes, exponential(load(to + j * kLanes) - largest));
     d[slot] = largest;
   }
   void weigh_block(int64_t first, bool from_middle) {

@@ -53,7 +53,7 @@ void add_scores(LogSum& sum, const Tile<C>& tile, const C* cells) {
   Vec<C> total = {};
   for (int64_t r = 0; r < tile.rows; ++r) {
     Vec<C> row = {};
-    for (int64_t x = tile.row_begin(r); x < tile.row_end(r); x += Simd<C>::lanes)
+    for (int64_t x = tile.row_begin(r), stop = tile.row_end(r); x < stop; x += Simd<C>::lanes)
       row += exponential(load(cells + r * Tile<C>::stride + x) - shift);
     total += row;
   }

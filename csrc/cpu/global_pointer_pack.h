@@ -55,57 +55,39 @@ FASTNLP_INLINE Simd<double>::V each_twice(Simd<double>::V x, bool upper) {
   return upper ? __builtin_shuffle(x, Simd<double>::I{2, 2, 3, 3}) : __builtin_shuffle(x, Simd<double>::I{0, 0, 1, 1});
 }
 
-// Swaps lane l + step of a with lane l of b wherever bit `step` of l is 0.
-template <int STEP>
-FASTNLP_INLINE void swap_blocks(Simd<float>::V& a, Simd<float>::V& b) {
-  Simd<float>::I first, second;
-  for (int l = 0; l < 8; ++l) {
-    first[l] = l & STEP ? 8 + l - STEP : l;
-    second[l] = l & STEP ? 8 + l : l + STEP;
-  }
-  const Simd<float>::V old = a;
-  a = __builtin_shuffle(old, b, first);
-  b = __builtin_shuffle(old, b, second);
-}
-template <int STEP>
-FASTNLP_INLINE void swap_blocks(Simd<double>::V& a, Simd<double>::V& b) {
-  Simd<double>::I first, second;
-  for (int l = 0; l < 4; ++l) {
-    first[l] = l & STEP ? 4 + l - STEP : l;
-    second[l] = l & STEP ? 4 + l : l + STEP;
-  }
-  const Simd<double>::V old = a;
-  a = __builtin_shuffle(old, b, first);
-  b = __builtin_shuffle(old, b, second);
-}
-template <int STEP, int LANES, class V>
-FASTNLP_INLINE void transpose_step(V (&rows)[LANES]) {
-  for (int m = 0; m < LANES; ++m)
-    if (!(m & STEP)) swap_blocks<STEP>(rows[m], rows[m + STEP]);
-}
-FASTNLP_INLINE void transpose(Simd<float>::V (&rows)[8]) {
-  transpose_step<4>(rows);
-  transpose_step<2>(rows);
-  transpose_step<1>(rows);
-}
-FASTNLP_INLINE void transpose(Simd<double>::V (&rows)[4]) {
-  transpose_step<2>(rows);
-  transpose_step<1>(rows);
-}
-
-// to <- scale (x0 cos - x1 sin, x1 cos + x0 sin) for each pair (x0, x1) of a row; sign -1 turns back.
-template <class C>
-FASTNLP_INLINE void rotate(const C* row, int64_t width, const C* cosines, const C* sines, C sign, C scale, C* to) {
+// Each pair of a row is turned, (x0, x1) -> scale (x0 cos - x1 sin, x1 cos + x0 sin), by -sin where BACK.
+template <bool BACK, class C>
+FASTNLP_INLINE void rotate(C* row, int64_t width, const C* cosines, const C* sines, C scale) {
   constexpr int lanes = Simd<C>::lanes;
   Vec<C> signs;
-  for (int l = 0; l < lanes; ++l) signs[l] = l % 2 ? sign * scale : -sign * scale;
+  for (int l = 0; l < lanes; ++l) signs[l] = (l % 2 == 1) != BACK ? scale : -scale;
   for (int64_t x = 0; x < width; x += 2 * lanes) {
     const Vec<C> cosine = load(cosines + x / 2) * splat(scale), sine = load(sines + x / 2);
     for (int half = 0; half < 2; ++half) {
       const Vec<C> pair = load(row + x + half * lanes);
-      store(to + x + half * lanes,
-            pair * each_twice(cosine, half) + swap_pairs(pair) * (signs * each_twice(sine, half)));
+      const Vec<C> turned = swap_pairs(pair) * (signs * each_twice(sine, half));
+      store(row + x + half * lanes, pair * each_twice(cosine, half) + turned);
     }
+  }
+}
+
+// rows[i][l] <-> rows[l][i], by swapping the off-diagonal quarters of ever smaller squares.
+template <int WIDTH, class C>
+FASTNLP_INLINE void transpose(Vec<C> (&rows)[Simd<C>::lanes]) {
+  if constexpr (WIDTH > 0) {
+    constexpr int lanes = Simd<C>::lanes;
+    Mask<C> upper, lower;
+    for (int l = 0; l < lanes; ++l) {
+      upper[l] = l & WIDTH ? lanes + l - WIDTH : l;
+      lower[l] = l & WIDTH ? lanes + l : l + WIDTH;
+    }
+    for (int i = 0; i < lanes; ++i) {
+      if (i & WIDTH) continue;
+      const Vec<C> a = rows[i], b = rows[i + WIDTH];
+      rows[i] = __builtin_shuffle(a, b, upper);
+      rows[i + WIDTH] = __builtin_shuffle(a, b, lower);
+    }
+    transpose<WIDTH / 2, C>(rows);
   }
 }
 
@@ -188,40 +170,36 @@ struct Packed {
 
   template <class S>
   void pack_rows(const S* data, const SpanTensor& tensor, C scale, C* to, int64_t begin, int64_t end) const {
-    constexpr int lanes = Simd<C>::lanes;
     for (int64_t t = begin; t < end; ++t) {
       C* row = to + t * width;
-      const S* from = data + offset(tensor, t, dot_head);
-      if constexpr (sizeof(S) == sizeof(C)) {
-        if (p.rope && width == p.size) {
-          rotate(from, width, cosines(t), sines(t), C{1}, scale, row);
-          continue;
-        }
-      }
-      load_row(from, p.size, width, C{0}, row);
-      if (p.rope)
-        rotate(row, width, cosines(t), sines(t), C{1}, scale, row);
-      else if (scale != C{1})
-        for (int64_t x = 0; x < width; x += lanes) store(row + x, load(row + x) * splat(scale));
+      load_row(data + offset(tensor, t, dot_head), p.size, width, C{0}, row);
+      turn<false>(row, t, scale);
     }
+  }
+
+  template <bool BACK>
+  void turn(C* row, int64_t t, C scale) const {
+    if (p.rope)
+      rotate<BACK>(row, width, cosines(t), sines(t), scale);
+    else if (scale != C{1})
+      for (int64_t x = 0; x < width; x += Simd<C>::lanes) store(row + x, load(row + x) * splat(scale));
   }
 
   void transpose_panel(int64_t t) const {
     constexpr int lanes = Simd<C>::lanes;
     C* to = panels + t * p.size;
     for (int64_t x = 0; x < p.size; x += lanes)
-      for (int64_t l = 0; l < kPanel<C>; l += lanes) {
-        Vec<C> block[lanes];
-        for (int m = 0; m < lanes; ++m) block[m] = load(k + (t + l + m) * width + x);
-        transpose(block);
-        for (int m = 0; m < lanes && x + m < p.size; ++m) store(to + (x + m) * kPanel<C> + l, block[m]);
+      for (int64_t half = 0; half < kPanel<C>; half += lanes) {
+        Vec<C> rows[lanes];
+        for (int l = 0; l < lanes; ++l) rows[l] = load(k + (t + half + l) * width + x);
+        transpose<lanes / 2, C>(rows);
+        for (int l = 0; l < lanes && x + l < p.size; ++l) store(to + (x + l) * kPanel<C> + half, rows[l]);
       }
   }
 
   // Gradients of q or k as they are summed up, [width] for each of the tokens begin .. end - 1, become rows of dq or
   // dk; masked tokens in between get zeros. Overwrites `rows`.
   void write_rows(C* rows, int64_t begin, int64_t end, C scale, void* to) const {
-    constexpr int lanes = Simd<C>::lanes;
     with_stored<C>(p.dtype, [&](auto* type) {
       using S = std::remove_const_t<std::remove_pointer_t<decltype(type)>>;
       const auto at = [&](int64_t position) {
@@ -234,10 +212,7 @@ struct Packed {
       for (int64_t t = begin; t < end; ++t) {
         C* row = rows + (t - begin) * width;
         skip_to(sequence.position[t]);
-        if (p.rope)
-          rotate(row, width, cosines(t), sines(t), C{-1}, scale, row);
-        else if (scale != C{1})
-          for (int64_t x = 0; x < width; x += lanes) store(row + x, load(row + x) * splat(scale));
+        turn<true>(row, t, scale);
         store_rounded(at(next++), p.size, row);
       }
       skip_to(sequence.owned_to(end, p.length));

@@ -30,10 +30,7 @@ void add(LogSum& sum, C* x, const C* w, int64_t padded) {
   for (int64_t j = 0; j < padded; j += lanes) most = maximum(most, load(x + j));
   const C top = max_of(most);
   if (top == kNone<C>) return;
-  if (top > sum.top) {
-    if (sum.scaled != 0) sum.scaled *= std::exp(sum.top - top);
-    sum.top = top;
-  }
+  raise(sum, top);
   if (top == static_cast<C>(INFINITY))
     for (int64_t j = 0; j < padded; ++j) x[j] = x[j] == top ? kNone<C> : x[j];
   const Vec<C> shift = splat(static_cast<C>(sum.top));
