@@ -185,8 +185,8 @@ class Ceilings:
         target = torch.zeros_like(source)
         return nbytes * self._best(("copy", size), lambda: target.copy_(source)) / (2 * size)
 
-    def fma_s(self, count: float) -> float:
-        """Seconds for `count` fused multiply-adds in float32, by the rate of a matrix product."""
+    def fma_s(self, count: float, dtype: str = "float32") -> float:
+        """Seconds for `count` fused multiply-adds, by the rate of a matrix product of that dtype."""
         n = 4096 if self.device == "cuda" else 768
-        a = torch.randn(n, n, device=self.device)
-        return count * self._best(("fma", n), lambda: a @ a) / n**3
+        a = torch.randn(n, n, device=self.device).to(getattr(torch, dtype))
+        return count * self._best(("fma", n, dtype), lambda: a @ a) / n**3

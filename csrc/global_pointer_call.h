@@ -21,8 +21,10 @@ struct GlobalPointerCall {
   GlobalPointerProblem problem;
   ScalarType compute;  // Double where q is, else Float
   const Tensor& q;
+  bool biased;  // empty biases have no data, and are there
 
-  GlobalPointerCall(const Tensor& q, const Tensor& k, const SpanOptions& options) : q(q) {
+  GlobalPointerCall(const Tensor& q, const Tensor& k, const SpanOptions& options)
+      : q(q), biased(options.start_bias.has_value()) {
     GlobalPointerProblem& p = problem;
     check(q.dim() == 4, "q must be [B, n, H, d], got ", shape_of(q));
     p.dtype = dtype_of(q, "q");
@@ -73,7 +75,8 @@ struct GlobalPointerCall {
 
   SpanTensor operand(const Tensor& tensor, const char* name) const {
     same_kind(tensor, name);
-    check(tensor.size(3) == 1 || tensor.stride(3) == 1, name, " must have adjacent numbers (stride 1)");
+    const bool adjacent = tensor.size(3) == 1 || tensor.stride(3) == 1 || tensor.numel() == 0;
+    check(adjacent, name, " must have adjacent numbers (stride 1)");
     return {tensor.const_data_ptr(), tensor.stride(0), tensor.stride(1), tensor.stride(2)};
   }
 
@@ -102,7 +105,7 @@ struct GlobalPointerCall {
     return new_tensor(q, {problem.batch, problem.length, problem.dot_heads, problem.size}, q.scalar_type());
   }
   Tensor like_bias() const {
-    if (!problem.start_bias.data) return new_tensor(q, {0}, q.scalar_type());
+    if (!biased) return new_tensor(q, {0}, q.scalar_type());
     return new_tensor(q, {problem.batch, problem.length, problem.heads}, q.scalar_type());
   }
 };

@@ -79,8 +79,8 @@ STABLE_TORCH_LIBRARY(fastnlp_ops, m) {
       "(Tensor dq1, Tensor dk1, Tensor dstart_bias1, Tensor dend_bias1, "
       "Tensor dq2, Tensor dk2, Tensor dstart_bias2, Tensor dend_bias2)");
   m.def(
-      "global_pointer_cells(Tensor labels, Tensor? mask, int batch, int heads, int length, bool tril_mask, "
-      "int max_span_length, bool mask_zero) -> Tensor");
+      "global_pointer_cells(Tensor labels, Tensor? mask, SymInt batch, SymInt heads, SymInt length, "
+      "bool tril_mask, int max_span_length, bool mask_zero) -> Tensor");
   m.def(
       "global_pointer_scores_double_backward(Tensor dscores, Tensor? dq_grad, Tensor? dk_grad, "
       "Tensor? dstart_bias_grad, Tensor? dend_bias_grad, Tensor q, Tensor k, " SPAN_OPTIONS

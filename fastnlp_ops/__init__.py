@@ -48,9 +48,9 @@ except _metadata.PackageNotFoundError:  # a source tree on PYTHONPATH
     __version__ = "0+source"
 __all__ = [
     "CRF",
+    "MEMM",
     "EfficientGlobalPointer",
     "GlobalPointer",
-    "MEMM",
     "__version__",
     "convert_crf_state_dict",
     "convert_global_pointer_state_dict",

@@ -131,10 +131,8 @@ def kernel_inputs(
 
 def check_labels(labels: Tensor, q: Tensor, heads: int) -> None:
     B = q.shape[0]
-    fits = labels.shape[1:] == (4,) if labels.dim() == 2 else labels.dim() == 4
-    if labels.dim() == 4:
-        fits = (*labels.shape[:2], labels.shape[3]) == (B, heads, 2)
-    if not fits:
+    padded = labels.dim() == 4 and (*labels.shape[:2], labels.shape[3]) == (B, heads, 2)
+    if not padded and (labels.dim() != 2 or labels.shape[1] != 4):
         raise ValueError(f"labels must be [B, H, P, 2] = ({B}, {heads}, P, 2) or [M, 4], got {shape_of(labels)}")
     check_integers("labels", labels)
     if labels.device != q.device:

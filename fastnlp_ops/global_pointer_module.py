@@ -43,7 +43,7 @@ class _SpanHead(nn.Module):
         max_span_length: int | None = None,
     ) -> Tensor:
         """Scores [B, H, start, end] of all spans; see :func:`global_pointer_scores`."""
-        q, k, start_bias, end_bias = self._project(hidden_states)
+        q, k, start_bias, end_bias = self.project(hidden_states)
         return global_pointer_scores(
             q,
             k,
@@ -68,7 +68,7 @@ class _SpanHead(nn.Module):
         mask_zero: bool = False,
     ) -> Tensor:
         """Loss of the labelled spans, without the scores of all spans; see :func:`global_pointer_loss`."""
-        q, k, start_bias, end_bias = self._project(hidden_states)
+        q, k, start_bias, end_bias = self.project(hidden_states)
         return global_pointer_loss(
             q,
             k,
@@ -96,7 +96,7 @@ class _SpanHead(nn.Module):
         nested: bool = True,
     ) -> tuple[Tensor, Tensor]:
         """Spans above the threshold and their scores; see :func:`global_pointer_decode`."""
-        q, k, start_bias, end_bias = self._project(hidden_states)
+        q, k, start_bias, end_bias = self.project(hidden_states)
         return global_pointer_decode(
             q,
             k,
@@ -126,11 +126,10 @@ class _SpanHead(nn.Module):
     def extra_repr(self) -> str:
         return f"heads={self.heads}, head_size={self.head_size}, rope={self.rope}, tril_mask={self.tril_mask}"
 
-    def _project(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    def _check(self, hidden_states: Tensor) -> None:
         if hidden_states.dim() != 3 or hidden_states.shape[2] != self.hidden_size:
             shape = tuple(hidden_states.shape)
             raise ValueError(f"hidden_states must be [B, n, {self.hidden_size}], got shape {shape}")
-        return self.project(hidden_states)
 
 
 class GlobalPointer(_SpanHead):
@@ -168,6 +167,10 @@ class GlobalPointer(_SpanHead):
         ValueError: for sizes below 1, an odd head_size with rope, hidden states that are not [B, n, hidden_size]; else
             as :func:`global_pointer_scores`, :func:`global_pointer_loss` and :func:`global_pointer_decode`.
 
+    Preconditions:
+        Masked tokens are projected like others: NaN in their hidden states reaches no score, no loss and no other
+        token's gradient, but the gradient of the projection's weights, as it would in ``torch.nn.Linear``.
+
     Precision:
         The projection is that of ``torch.nn.Linear`` and obeys autocast; the rest as :func:`global_pointer_loss`.
 
@@ -192,6 +195,7 @@ class GlobalPointer(_SpanHead):
 
     def project(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, None, None]:
         """(q, k, None, None): views [B, n, H, d] into one projection."""
+        self._check(hidden_states)
         q, k = self.dense(hidden_states).unflatten(-1, (self.heads, 2, self.head_size)).unbind(-2)
         return q, k, None, None
 
@@ -262,6 +266,7 @@ class EfficientGlobalPointer(_SpanHead):
 
     def project(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(q, k, start_bias, end_bias): [B, n, 1, d] and [B, n, H], views into two projections."""
+        self._check(hidden_states)
         projected = self.dense(hidden_states)
         q, k = projected[:, :, None, 0::2], projected[:, :, None, 1::2]
         biases = self.bias_dense(hidden_states if self.bias_from_hidden else projected) / 2
@@ -270,11 +275,10 @@ class EfficientGlobalPointer(_SpanHead):
     def load_peer_state_dict(self, state_dict: Mapping[str, Any], layout: str, *, prefix: str = "") -> None:
         """Takes the parameters of another package's layer; see :func:`convert_global_pointer_state_dict`."""
         # Shapes would not tell the two functions apart where hidden_size is 2 head_size.
-        if (layout == "xhw205") != self.bias_from_hidden:
-            raise ValueError(
-                f"layout {layout} must be loaded with bias_from_hidden={not self.bias_from_hidden}: "
-                "xhw205's biases are made from the hidden states, those of the others from the projection"
-            )
+        if layout == "xhw205" and not self.bias_from_hidden:
+            raise ValueError("layout xhw205 makes biases from the hidden states: the layer needs bias_from_hidden=True")
+        if layout != "xhw205" and self.bias_from_hidden:
+            raise ValueError(f"bias_from_hidden=True is the form of layout xhw205 alone, got {layout!r}")
         super().load_peer_state_dict(state_dict, layout, prefix=prefix)
 
     def extra_repr(self) -> str:

@@ -9,6 +9,7 @@ from fastnlp_ops._global_pointer_inputs import check_cells, check_integers, chec
 
 # Numbers held at once, 16 MiB in float32. One sequence takes what it needs between its own tokens.
 _NUMBERS = 1 << 22
+_ROWS = 1 << 15  # of the result that are filled, column by column, while they are in a cache
 
 
 class _Spans(NamedTuple):
@@ -95,8 +96,9 @@ def gplinker_decode(
     Args:
         spans (Tensor[M, 4]): int (b, role, start, end) in any order, role 0 a subject and 1 an object: what
             :func:`global_pointer_decode` finds for an entity layer of two heads. A span listed twice counts once.
-        head_q, head_k (Tensor[B, n, R, d]): projections for R relations between first tokens, without RoPE;
-            [B, n, 1, d] where biases are given (Efficient). float32, float64, float16 or bfloat16, any strides.
+        head_q, head_k (Tensor[B, n, R, d]): projections for R relations between first tokens, without RoPE, as
+            ``GlobalPointer.project`` gives them; [B, n, 1, d] where biases are given (``EfficientGlobalPointer``).
+            float32, float64, float16 or bfloat16, any strides.
         tail_q, tail_k (Tensor[B, n, R, d]): those between last tokens.
         head_start_bias, head_end_bias (Tensor[B, n, R]): biases at the subject's and the object's token, or None.
         tail_start_bias, tail_end_bias (Tensor[B, n, R]): those of the tail scores, or None.
@@ -153,16 +155,13 @@ def gplinker_decode(
         subjects, objects = _roles(spans.to(torch.int64), mask, B, n)
         key, scores = _search(subjects, objects, head, tail, threshold)
         key, order = key.sort()
-        scores = scores[order]
-        del order  # where there are millions, the columns below are what memory is needed for
-        triples = key.new_empty(len(key), 6)
-        width = max(1, len(objects.start))
-        s = key // (width * R)
-        triples[:, 0], triples[:, 1], triples[:, 2] = subjects.sequence[s], subjects.start[s], subjects.end[s]
-        triples[:, 3] = key // width - s * R
-        o = torch.remainder(key, width, out=s)
-        triples[:, 4], triples[:, 5] = objects.start[o], objects.end[o]
-        return triples, scores
+        triples, width = key.new_empty(len(key), 6), max(1, len(objects.start))
+        for found, row in zip(key.split(_ROWS), triples.split(_ROWS), strict=True):
+            pair, o = found // width, found % width
+            s = pair // R
+            row[:, 0], row[:, 1], row[:, 2] = subjects.sequence[s], subjects.start[s], subjects.end[s]
+            row[:, 3], row[:, 4], row[:, 5] = pair % R, objects.start[o], objects.end[o]
+        return triples, scores[order]
 
 
 def _roles(spans: Tensor, mask: Tensor | None, B: int, n: int) -> tuple[_Spans, _Spans]:

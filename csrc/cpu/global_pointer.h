@@ -83,14 +83,6 @@ struct SpanSums {
   double divergence = 0;
 };
 
-namespace {
-static inline void add(SpanSums& sums, const SpanSums& block) {
-  add(sums.negative, block.negative);
-  add(sums.positive, block.positive);
-  sums.divergence += block.divergence;
-}
-}  // namespace
-
 // A cell whose score is above the threshold.
 template <class C>
 struct SpanHit {
@@ -137,6 +129,8 @@ struct GlobalPointerKernels {
   SpanOp divergence;
   SpanOp divergence_backward;
   SpanOp decode;
+  // sums += those of the next blocks of rows, in the arithmetic in which kernels add up theirs.
+  void (*merge)(SpanSums* sums, const SpanSums* next, int64_t heads);
 };
 
 namespace baseline {

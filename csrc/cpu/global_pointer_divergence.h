@@ -7,15 +7,20 @@
 namespace fastnlp {
 namespace {
 
-// sigma(x) and sigma(x) (1 - sigma(x)), without overflow or cancellation at either end.
 template <class C>
-FASTNLP_INLINE void sigmoid(Vec<C> x, Vec<C>& value, Vec<C>& slope) {
-  const Vec<C> one = splat(C{1});
-  const Vec<C> small = exponential(x < Vec<C>{} ? x : -x);
-  const Vec<C> large = one / (one + small);
-  value = x < Vec<C>{} ? small * large : large;
-  slope = small * large * large;
-}
+struct Sigmoid {
+  Vec<C> value;  // sigma(x)
+  Vec<C> other;  // 1 - sigma(x)
+
+  explicit Sigmoid(Vec<C> x) {
+    const Vec<C> small = exponential(x < Vec<C>{} ? x : -x);
+    const Vec<C> large = splat(C{1}) / (splat(C{1}) + small);
+    value = x < Vec<C>{} ? small * large : large;
+    other = x < Vec<C>{} ? large : small * large;
+  }
+  // sigma(x) - sigma(y), also where both are nearly 1
+  Vec<C> minus(const Sigmoid& y) const { return value * y.other - y.value * other; }
+};
 
 template <class C>
 struct Pair {
@@ -58,15 +63,12 @@ void divergence(const SpanItem* items, const SpanPart& part, void* scratch, Span
         Vec<C> sum = {};
         tile.each_vector([&](int64_t at) {
           const Vec<C> s1 = load(pair.cells[0] + at), s2 = load(pair.cells[1] + at);
-          Vec<C> value1, value2, slope;
-          sigmoid<C>(s1, value1, slope);
-          sigmoid<C>(s2, value2, slope);
-          sum += (value1 - value2) * (s1 - s2);
+          sum += Sigmoid<C>(s1).minus(Sigmoid<C>(s2)) * (s1 - s2);
         });
         block[h].divergence += static_cast<double>(sum_of(sum));
       }
     });
-    for (int64_t h = 0; h < pair.heads; ++h) add(sums[h], block[h]);
+    merge(sums, block, pair.heads);
   }
 }
 
@@ -89,11 +91,10 @@ void divergence_backward(const SpanItem* items, const SpanPart& part, void* scra
         const Vec<C> scale = splat(ddivergence[h]);
         tiles[0].each_vector([&](int64_t at) {
           const Vec<C> s1 = load(pair.cells[0] + at), s2 = load(pair.cells[1] + at);
-          Vec<C> value1, value2, slope1, slope2;
-          sigmoid<C>(s1, value1, slope1);
-          sigmoid<C>(s2, value2, slope2);
-          store(pair.cells[0] + at, scale * (value1 - value2 + slope1 * (s1 - s2)));
-          store(pair.cells[1] + at, scale * (value2 - value1 + slope2 * (s2 - s1)));
+          const Sigmoid<C> sigma1(s1), sigma2(s2);
+          const Vec<C> difference = sigma1.minus(sigma2);
+          store(pair.cells[0] + at, scale * (difference + sigma1.value * sigma1.other * (s1 - s2)));
+          store(pair.cells[1] + at, scale * (sigma2.value * sigma2.other * (s2 - s1) - difference));
         });
         for (int run = 0; run < 2; ++run) {
           gradients[run].add_biases(tiles[run], h, pair.cells[run]);

@@ -20,6 +20,14 @@ class Arena {
   char* at_;
 };
 
+static inline void merge(SpanSums* sums, const SpanSums* next, int64_t heads) {
+  for (int64_t h = 0; h < heads; ++h) {
+    add(sums[h].negative, next[h].negative);
+    add(sums[h].positive, next[h].positive);
+    sums[h].divergence += next[h].divergence;
+  }
+}
+
 template <class C>
 struct Gradients {
   const Packed<C>& packed;

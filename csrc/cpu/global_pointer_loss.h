@@ -47,16 +47,13 @@ struct LossRow {
 template <class C>
 void add_scores(LogSum& sum, const Tile<C>& tile, const C* cells) {
   const C top = tile.largest(cells);
-  if (top == static_cast<C>(INFINITY)) {
-    sum.infinite = true;
-    return;
-  }
   raise(sum, top);
+  if (top == static_cast<C>(INFINITY)) return;
   const Vec<C> shift = splat(static_cast<C>(sum.top));
   Vec<C> total = {};
   for (int64_t r = 0; r < tile.rows; ++r) {
     Vec<C> row = {};
-    for (int64_t x = tile.row_begin(r); x < tile.row_end(r); x += Simd<C>::lanes)
+    for (int64_t x = tile.row_begin(r), stop = tile.row_end(r); x < stop; x += Simd<C>::lanes)
       row += exponential(load(cells + r * Tile<C>::stride + x) - shift);
     total += row;
   }
@@ -102,7 +99,7 @@ void loss(const SpanItem* items, const SpanPart& part, void* scratch, SpanSums* 
       }
       add_scores(block.negative, tile, cells);
     });
-    add(*sums, block);
+    merge(sums, &block, 1);
   }
 }
 

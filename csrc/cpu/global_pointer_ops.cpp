@@ -127,8 +127,7 @@ struct Run {
           op.run(held.items, SpanPart{r, r + 1, 0, columns, true, false}, scratch.get(),
                  gradients ? nullptr : &blocks[r * heads]);
       });
-      for (int64_t r = 0; !gradients && r < rows; ++r)
-        for (int64_t h = 0; h < heads; ++h) add(sums_of(held.items[0])[h], blocks[r * heads + h]);
+      for (int64_t r = 0; !gradients && r < rows; ++r) kernels.merge(sums_of(held.items[0]), &blocks[r * heads], heads);
       if (!gradients) continue;
       in_parallel(columns, alone, [&](Queue& queue) {
         const SpanMemory scratch(op.scratch_size(p, 1));
@@ -192,8 +191,8 @@ std::tuple<Tensor, Tensor> global_pointer_loss(const Tensor& q, const Tensor& k,
   Run run(q, k, SPAN_OPTION_VALUES);
   run.labels(cells);
   run.each_item(run.kernels.loss, false);
-  return {run.per_row([](const SpanSums& sums) { return with_one(sums.negative); }),
-          run.per_row([](const SpanSums& sums) { return with_one(sums.positive); })};
+  return {run.per_row([](const SpanSums& sums) { return log_one_plus(&sums.negative, 1); }),
+          run.per_row([](const SpanSums& sums) { return log_one_plus(&sums.positive, 1); })};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> global_pointer_loss_backward(const Tensor& dloss, const Tensor& log_negative,

@@ -55,19 +55,39 @@ FASTNLP_INLINE Simd<double>::V each_twice(Simd<double>::V x, bool upper) {
   return upper ? __builtin_shuffle(x, Simd<double>::I{2, 2, 3, 3}) : __builtin_shuffle(x, Simd<double>::I{0, 0, 1, 1});
 }
 
-// (x0, x1) -> (x0 cos - x1 sin, x1 cos + x0 sin) for each pair of a row; sign -1 turns back.
-template <class C>
-FASTNLP_INLINE void rotate(C* row, int64_t width, const C* cosines, const C* sines, C sign) {
+// Each pair of a row is turned, (x0, x1) -> scale (x0 cos - x1 sin, x1 cos + x0 sin), by -sin where BACK.
+template <bool BACK, class C>
+FASTNLP_INLINE void rotate(C* row, int64_t width, const C* cosines, const C* sines, C scale) {
   constexpr int lanes = Simd<C>::lanes;
   Vec<C> signs;
-  for (int l = 0; l < lanes; ++l) signs[l] = l % 2 ? sign : -sign;
+  for (int l = 0; l < lanes; ++l) signs[l] = (l % 2 == 1) != BACK ? scale : -scale;
   for (int64_t x = 0; x < width; x += 2 * lanes) {
-    const Vec<C> cosine = load(cosines + x / 2), sine = load(sines + x / 2);
+    const Vec<C> cosine = load(cosines + x / 2) * splat(scale), sine = load(sines + x / 2);
     for (int half = 0; half < 2; ++half) {
       const Vec<C> pair = load(row + x + half * lanes);
-      store(row + x + half * lanes,
-            pair * each_twice(cosine, half) + swap_pairs(pair) * (signs * each_twice(sine, half)));
+      const Vec<C> turned = swap_pairs(pair) * (signs * each_twice(sine, half));
+      store(row + x + half * lanes, pair * each_twice(cosine, half) + turned);
     }
+  }
+}
+
+// rows[i][l] <-> rows[l][i], by swapping the off-diagonal quarters of ever smaller squares.
+template <int WIDTH, class C>
+FASTNLP_INLINE void transpose(Vec<C> (&rows)[Simd<C>::lanes]) {
+  if constexpr (WIDTH > 0) {
+    constexpr int lanes = Simd<C>::lanes;
+    Mask<C> upper, lower;
+    for (int l = 0; l < lanes; ++l) {
+      upper[l] = l & WIDTH ? lanes + l - WIDTH : l;
+      lower[l] = l & WIDTH ? lanes + l : l + WIDTH;
+    }
+    for (int i = 0; i < lanes; ++i) {
+      if (i & WIDTH) continue;
+      const Vec<C> a = rows[i], b = rows[i + WIDTH];
+      rows[i] = __builtin_shuffle(a, b, upper);
+      rows[i + WIDTH] = __builtin_shuffle(a, b, lower);
+    }
+    transpose<WIDTH / 2, C>(rows);
   }
 }
 
@@ -150,26 +170,36 @@ struct Packed {
 
   template <class S>
   void pack_rows(const S* data, const SpanTensor& tensor, C scale, C* to, int64_t begin, int64_t end) const {
-    constexpr int lanes = Simd<C>::lanes;
     for (int64_t t = begin; t < end; ++t) {
       C* row = to + t * width;
       load_row(data + offset(tensor, t, dot_head), p.size, width, C{0}, row);
-      if (p.rope) rotate(row, width, cosines(t), sines(t), C{1});
-      if (scale != C{1})
-        for (int64_t x = 0; x < width; x += lanes) store(row + x, load(row + x) * splat(scale));
+      turn<false>(row, t, scale);
     }
   }
 
+  template <bool BACK>
+  void turn(C* row, int64_t t, C scale) const {
+    if (p.rope)
+      rotate<BACK>(row, width, cosines(t), sines(t), scale);
+    else if (scale != C{1})
+      for (int64_t x = 0; x < width; x += Simd<C>::lanes) store(row + x, load(row + x) * splat(scale));
+  }
+
   void transpose_panel(int64_t t) const {
+    constexpr int lanes = Simd<C>::lanes;
     C* to = panels + t * p.size;
-    for (int64_t x = 0; x < p.size; ++x)
-      for (int64_t l = 0; l < kPanel<C>; ++l) to[x * kPanel<C> + l] = k[(t + l) * width + x];
+    for (int64_t x = 0; x < p.size; x += lanes)
+      for (int64_t half = 0; half < kPanel<C>; half += lanes) {
+        Vec<C> rows[lanes];
+        for (int l = 0; l < lanes; ++l) rows[l] = load(k + (t + half + l) * width + x);
+        transpose<lanes / 2, C>(rows);
+        for (int l = 0; l < lanes && x + l < p.size; ++l) store(to + (x + l) * kPanel<C> + half, rows[l]);
+      }
   }
 
   // Gradients of q or k as they are summed up, [width] for each of the tokens begin .. end - 1, become rows of dq or
   // dk; masked tokens in between get zeros. Overwrites `rows`.
   void write_rows(C* rows, int64_t begin, int64_t end, C scale, void* to) const {
-    constexpr int lanes = Simd<C>::lanes;
     with_stored<C>(p.dtype, [&](auto* type) {
       using S = std::remove_const_t<std::remove_pointer_t<decltype(type)>>;
       const auto at = [&](int64_t position) {
@@ -182,9 +212,7 @@ struct Packed {
       for (int64_t t = begin; t < end; ++t) {
         C* row = rows + (t - begin) * width;
         skip_to(sequence.position[t]);
-        if (p.rope) rotate(row, width, cosines(t), sines(t), C{-1});
-        if (scale != C{1})
-          for (int64_t x = 0; x < width; x += lanes) store(row + x, load(row + x) * splat(scale));
+        turn<true>(row, t, scale);
         store_rounded(at(next++), p.size, row);
       }
       skip_to(sequence.owned_to(end, p.length));

@@ -93,7 +93,7 @@ class SpanRotations {
   size_t bytes() const { return static_cast<size_t>(rows_ * width_) * (p_.dtype == DType::f64 ? 8 : 4); }
   int64_t position(int64_t row) const { return p_.position_ids ? p_.position_ids[row] : row; }
 
-  // Angles are taken anew every 32 rows; from one position to the next they are turned by a step, in float64.
+  // For float32, angles are taken anew every 32 rows; from one position to the next they are turned by a step.
   template <class C>
   void fill(C* cosines, C* sines) const {
     constexpr int64_t run = 32;
@@ -108,7 +108,8 @@ class SpanRotations {
     torch::stable::parallel_for(0, runs, std::max<int64_t>(1, 256 / pairs), [&](int64_t begin, int64_t end) {
       std::vector<double> cosine(width_), sine(width_);
       for (int64_t row = begin * run; row < std::min(end * run, rows_); ++row) {
-        const bool follows = row % run != 0 && position(row - 1) < INT64_MAX && position(row) == position(row - 1) + 1;
+        const bool follows =
+            sizeof(C) == 4 && row % run != 0 && position(row - 1) < INT64_MAX && position(row) == position(row - 1) + 1;
         for (int64_t m = 0; m < pairs; ++m) {
           const double angle = static_cast<double>(position(row)) * theta[m], c = cosine[m], s = sine[m];
           cosine[m] = follows ? c * step_cosine[m] - s * step_sine[m] : std::cos(angle);

@@ -170,7 +170,7 @@ struct SharedRows {
       }
       C sum = 0;
       const SpanMark* next = mark;
-      for (int64_t x = tile.row_begin(r); x < tile.row_end(r); ++x) {
+      for (int64_t x = tile.row_begin(r), stop = tile.row_end(r); x < stop; ++x) {
         if (next < marks.to && next->head == mark->head && next->start == mark->start && next->end == tile.column0 + x)
           ++next;
         else
@@ -188,7 +188,7 @@ struct SharedRows {
     packed.read_bias(packed.p.end_bias, head, tile.column0,
                      std::min(tile.column0 + tile.columns, packed.sequence.count), end);
     for (int64_t r = 0; r < tile.rows; ++r)
-      for (int64_t x = tile.row_begin(r); x < tile.row_end(r); x += Simd<C>::lanes)
+      for (int64_t x = tile.row_begin(r), stop = tile.row_end(r); x < stop; x += Simd<C>::lanes)
         store(cells + r * stride + x, load(dots + r * stride + x) + splat(start[r]) + load(end + x));
     tile.fill_invalid(cells, kNone<C>);
   }

@@ -42,7 +42,7 @@ struct SharedLoss : SharedRows<C> {
         const bool enough = total[l] >= kTiny && !(many >> l & 1);
         if (!enough && !(scale < sum_top + kNegligible)) by_scores |= uint32_t{1} << l;
         const double next = enough && scale > sum_top ? scale : sum_top;
-        before[l] = static_cast<C>(sum_top - next);
+        before[l] = next > sum_top ? static_cast<C>(sum_top - next) : 0;
         now[l] = enough ? static_cast<C>(scale - next) : kNone<C>;
         total[l] = enough ? total[l] : 0;
         sum_top = next;
@@ -54,18 +54,17 @@ struct SharedLoss : SharedRows<C> {
       for (int64_t l = 0; l < panel; ++l)
         scaled[h + l] = scaled[h + l] * static_cast<double>(before[l]) + static_cast<double>(now[l]);
       for (int64_t l = 0; l < panel && h + l < packed.p.heads; ++l)
-        if (by_scores >> l & 1) add_head(tile, h + l, of_head(own, h + l), block[h + l]);
+        if (by_scores >> l & 1) add_head(tile, h + l, of_head(own, h + l));
     }
   }
 
-  void add_head(const Tile<C>& tile, int64_t head, const TileMarks& marks, SpanSums& block) const {
+  void add_head(const Tile<C>& tile, int64_t head, const TileMarks& marks) const {
     this->score_head(tile, head);
     for (const SpanMark& mark : marks) this->cells[tile.at(mark)] = kNone<C>;
-    LogSum sum = {tops[head], scaled[head], false};
+    LogSum sum = {tops[head], scaled[head]};
     add_scores(sum, tile, this->cells);
     tops[head] = sum.top;
     scaled[head] = sum.scaled;
-    block.negative.infinite |= sum.infinite;
   }
 };
 
@@ -83,11 +82,8 @@ void shared_loss(const SpanItem* items, const SpanPart& part, void* scratch, Spa
     op.enter(r);
     each_column_block(op.packed.sequence, r, part,
                       [&](int64_t c) { op.add_tile(Tile<C>(op.packed, r, c), TileMarks(items[0], r, c), block); });
-    for (int64_t h = 0; h < heads; ++h) {
-      block[h].negative.top = op.tops[h];
-      block[h].negative.scaled = op.scaled[h];
-      add(sums[h], block[h]);
-    }
+    for (int64_t h = 0; h < heads; ++h) block[h].negative = {op.tops[h], op.scaled[h]};
+    merge(sums, block, heads);
   }
 }
 

@@ -59,7 +59,7 @@ struct Tile {
   void add_bias(const C* cells, const C* start_bias, const C* end_bias, C* to) const {
     for (int64_t r = 0; r < rows; ++r) {
       const Vec<C> start = splat(start_bias[row0 + r]);
-      for (int64_t x = row_begin(r); x < row_end(r); x += Simd<C>::lanes)
+      for (int64_t x = row_begin(r), stop = row_end(r); x < stop; x += Simd<C>::lanes)
         store(to + r * stride + x, load(cells + r * stride + x) + start + load(end_bias + column0 + x));
     }
   }
@@ -78,7 +78,7 @@ struct Tile {
   template <class F>
   void each_vector(const F& f) const {
     for (int64_t r = 0; r < rows; ++r)
-      for (int64_t x = row_begin(r); x < row_end(r); x += Simd<C>::lanes) f(r * stride + x);
+      for (int64_t x = row_begin(r), stop = row_end(r); x < stop; x += Simd<C>::lanes) f(r * stride + x);
   }
 
   // What is computed but not valid becomes `fill`.
@@ -131,7 +131,7 @@ struct Tile {
     constexpr int lanes = Simd<C>::lanes;
     for (int64_t r = 0; r < rows; ++r) {
       Vec<C> sum = {};
-      for (int64_t x = row_begin(r); x < row_end(r); x += lanes) {
+      for (int64_t x = row_begin(r), stop = row_end(r); x < stop; x += lanes) {
         const Vec<C> cell = load(cells + r * stride + x);
         sum += cell;
         if (of_columns) store(of_columns + x, load(of_columns + x) + cell);

@@ -13,8 +13,8 @@ constexpr int64_t kPanel = 2 * Simd<C>::lanes;
 // to [ROWS, kPanel] = or += a [ROWS, depth] b [depth, kPanel]. Each sum is one chain of fused multiply-adds over the
 // depth, from what `to` holds: however a long depth is cut into calls, the bits are the same.
 template <class C, int ROWS, bool ADD>
-void block_product(int64_t depth, const C* a, int64_t a_row, int64_t a_step, const C* b, int64_t b_step, C* to,
-                   int64_t to_row) {
+__attribute__((noinline)) void block_product(int64_t depth, const C* a, int64_t a_row, int64_t a_step, const C* b,
+                                             int64_t b_step, C* to, int64_t to_row) {
   constexpr int lanes = Simd<C>::lanes;
   Vec<C> sums[ROWS][2];
   for (int r = 0; r < ROWS; ++r)

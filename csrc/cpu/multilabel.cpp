@@ -22,7 +22,7 @@ constexpr int64_t kTile = 512;
 template <class C>
 constexpr C kNone = -static_cast<C>(INFINITY);
 
-// sum += sum w e^x over a padded tile; w null: all 1.
+// sum += sum w e^x over a padded tile; w null: all 1. An x of +inf is taken out of the tile.
 template <class C>
 void add(LogSum& sum, C* x, const C* w, int64_t padded) {
   constexpr int lanes = Simd<C>::lanes;
@@ -30,11 +30,9 @@ void add(LogSum& sum, C* x, const C* w, int64_t padded) {
   for (int64_t j = 0; j < padded; j += lanes) most = maximum(most, load(x + j));
   const C top = max_of(most);
   if (top == kNone<C>) return;
-  if (top == static_cast<C>(INFINITY)) {
-    sum.infinite = true;
-    return;
-  }
   raise(sum, top);
+  if (top == static_cast<C>(INFINITY))
+    for (int64_t j = 0; j < padded; ++j) x[j] = x[j] == top ? kNone<C> : x[j];
   const Vec<C> shift = splat(static_cast<C>(sum.top));
   Vec<C> even = {}, odd = {};
   const auto term = [&](int64_t j) {

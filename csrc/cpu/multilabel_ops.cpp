@@ -27,7 +27,7 @@ struct Call {
     check(scores.dim() == 2, "scores must be [R, C], got ", shape_of(scores));
     work.rows = scores.size(0);
     work.classes = scores.size(1);
-    check(work.classes <= 1 || scores.stride(1) == 1, "scores must have adjacent classes (stride 1)");
+    check(work.classes <= 1 || scores.stride(1) == 1 || work.rows == 0, "scores must have adjacent classes (stride 1)");
     work.scores = scores.const_data_ptr();
     work.scores_dtype = dtype_of(scores, "scores");
     work.scores_stride = scores.stride(0);
@@ -89,12 +89,8 @@ std::tuple<Tensor, Tensor> forward(const Tensor& scores, const Tensor& labels, b
   const int64_t blocks = work.blocks();
   call.parallel(work.rows, 64 * blocks, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
-      for (int64_t block = 1; block < blocks; ++block) {
-        add(negative[row * blocks], negative[row * blocks + block]);
-        add(positive[row * blocks], positive[row * blocks + block]);
-      }
-      put(to_negative, call.compute, row, blocks ? with_one(negative[row * blocks]) : 0);
-      put(to_positive, call.compute, row, blocks ? with_one(positive[row * blocks]) : 0);
+      put(to_negative, call.compute, row, log_one_plus(negative.data() + row * blocks, blocks));
+      put(to_positive, call.compute, row, log_one_plus(positive.data() + row * blocks, blocks));
     }
   });
   return {log_negative, log_positive};

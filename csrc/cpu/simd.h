@@ -30,7 +30,8 @@ using Vec = typename Simd<C>::V;
 template <class C>
 using Mask = typename Simd<C>::I;
 
-#define FASTNLP_INLINE static inline __attribute__((always_inline))
+#define FASTNLP_MEMBER inline __attribute__((always_inline))
+#define FASTNLP_INLINE static FASTNLP_MEMBER
 
 template <class C>
 FASTNLP_INLINE Vec<C> load(const C* from) {
@@ -51,6 +52,11 @@ FASTNLP_INLINE Vec<C> splat(C x) {
 template <class V>
 FASTNLP_INLINE V maximum(V a, V b) {
   return a > b ? a : b;
+}
+// A NaN in a is passed over, a NaN in b is kept.
+template <class V>
+FASTNLP_INLINE V minimum(V a, V b) {
+  return a < b ? a : b;
 }
 FASTNLP_INLINE bool any(Simd<float>::I mask) {
 #ifdef __AVX2__
@@ -97,8 +103,8 @@ FASTNLP_INLINE float sum_of(Simd<float>::V v) {
 }
 FASTNLP_INLINE double sum_of(Simd<double>::V v) { return (v[0] + v[2]) + (v[1] + v[3]); }
 
-// exp for x <= 88: 0 below -87.3, NaN stays NaN. Degree 6 on |r| <= ln(2)/2; at most 1 ulp against float64
-// (tests/test_simd.py walks all floats of the range).
+// exp for x <= 88: 0 below -87.3, NaN stays NaN. Degree 6 on |r| <= ln(2)/2; at most 1.01 ulp against float64, which
+// tests/test_simd.py walks through.
 FASTNLP_INLINE Simd<float>::V exponential(Simd<float>::V x) {
   using V = Simd<float>::V;
   using I = Simd<float>::I;
@@ -114,9 +120,8 @@ FASTNLP_INLINE Simd<float>::V exponential(Simd<float>::V x) {
   y = y * r + splat(1.6666665459e-1f);
   y = y * r + splat(5.0000001201e-1f);
   y = y * (r * r) + r + splat(1.0f);
-  const V scaled = (V)((I)y + ((I)shifted << 23));
-  const V result = x < splat(-87.3f) ? V{} : scaled;
-  return x == x ? result : x;
+  const V power = (V)(((I)shifted << 23) + 0x3f800000);  // 2^n; the product is exact, and NaN where y is
+  return x < splat(-87.3f) ? V{} : y * power;
 }
 
 // log for normal positive x; NaN stays NaN, anything else gives a finite number that the caller does not use.
@@ -223,7 +228,9 @@ FASTNLP_INLINE Mask<C> lanes_below(int64_t n) {
 
 FASTNLP_INLINE void load_row(const float* row, int64_t n, int64_t padded, float fill, float* to) {
 #ifdef __AVX2__
-  for (int64_t j = 0; j < padded; j += 8) {
+  int64_t j = 0;  // whole vectors without a mask: AMD's masked loads that miss the cache wait for each other
+  for (; j + 8 <= n; j += 8) store(to + j, load(row + j));
+  for (; j < padded; j += 8) {
     const Simd<float>::I inside = lanes_below<float>(n - j);
     store(to + j, inside ? __builtin_ia32_maskloadps256((const Simd<float>::V*)(row + j), inside) : splat(fill));
   }

@@ -12,10 +12,12 @@ References:
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
-from fastnlp_ops.reference.global_pointer import global_pointer_scores
+from fastnlp_ops.reference.global_pointer import plain_scores, valid_cells
 
 
 def gplinker_decode(
@@ -34,13 +36,14 @@ def gplinker_decode(
     scale: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Triples int64 [K, 6] (b, subject start, subject end, relation, object start, object end), and scores [K]."""
-    given = (head_q, head_k, head_start_bias, head_end_bias, tail_q, tail_k, tail_start_bias, tail_end_bias)
-    dtype = torch.float64 if any(x is not None and x.dtype == torch.float64 for x in given) else torch.float32
-    wide = [None if x is None else x.detach().to(dtype) for x in given]
+    valid = valid_cells(head_q, mask, tril_mask=False, max_span_length=None)
     head, tail = (
-        global_pointer_scores(q, k, start_bias=start, end_bias=end, rope=False, mask=mask, tril_mask=False, scale=scale)
-        for q, k, start, end in (wide[:4], wide[4:])
-    )  # [B, R, n, n]
+        torch.where(valid, plain_scores(*layer, False, None, mask, scale).detach(), -math.inf)  # [B, R, n, n]
+        for layer in (
+            (head_q, head_k, head_start_bias, head_end_bias),
+            (tail_q, tail_k, tail_start_bias, tail_end_bias),
+        )
+    )
     subjects = sorted({(b, start, end) for b, role, start, end in spans.tolist() if role == 0})
     objects = sorted({(b, start, end) for b, role, start, end in spans.tolist() if role == 1})
     triples, scores = [], []
@@ -55,4 +58,4 @@ def gplinker_decode(
                     triples.append((b, subject_start, subject_end, relation, object_start, object_end))
                     scores.append(torch.minimum(head_score, tail_score))
     found = torch.tensor(triples, dtype=torch.int64, device=spans.device).reshape(-1, 6)
-    return found, torch.stack(scores) if scores else head.new_empty(0)
+    return found, torch.stack(scores) if scores else head.new_empty(0, dtype=torch.result_type(head, tail))
