@@ -25,27 +25,31 @@ void check(bool holds, const Parts&... parts) {
   throw std::invalid_argument(sentence.str());
 }
 
-inline std::string shape_of(const Tensor& tensor) {
-  std::ostringstream text;
-  text << "shape (";
-  for (int64_t d = 0; d < tensor.dim(); ++d) text << (d ? ", " : "") << tensor.size(d);
-  text << (tensor.dim() == 1 ? ",)" : ")");
-  return text.str();
+// "shape (2, 3)" or "(2, 3)", written only when an error needs it: a stream costs as much as a small kernel.
+struct ShapeOf {
+  const Tensor& tensor;
+};
+struct Sizes {
+  std::initializer_list<int64_t> sizes;
+};
+inline ShapeOf shape_of(const Tensor& tensor) { return {tensor}; }
+inline std::ostream& operator<<(std::ostream& to, const Sizes& shape) {
+  to << "(";
+  for (const int64_t& size : shape.sizes) to << (&size == shape.sizes.begin() ? "" : ", ") << size;
+  return to << (shape.sizes.size() == 1 ? ",)" : ")");
+}
+inline std::ostream& operator<<(std::ostream& to, const ShapeOf& shape) {
+  to << "shape (";
+  for (int64_t d = 0; d < shape.tensor.dim(); ++d) to << (d ? ", " : "") << shape.tensor.size(d);
+  return to << (shape.tensor.dim() == 1 ? ",)" : ")");
 }
 
 // The tensor has exactly this shape, dtype and device (where `like` is), and is contiguous.
 inline void check_dense(const Tensor& tensor, const char* name, std::initializer_list<int64_t> shape, ScalarType dtype,
                         const Tensor& like) {
   bool same_shape = tensor.dim() == static_cast<int64_t>(shape.size());
-  int64_t d = 0;
-  std::ostringstream wanted;
-  wanted << "(";
-  for (int64_t size : shape) {
-    same_shape = same_shape && tensor.size(d) == size;
-    wanted << (d++ ? ", " : "") << size;
-  }
-  wanted << (shape.size() == 1 ? ",)" : ")");
-  check(same_shape, name, " must have shape ", wanted.str(), ", got ", shape_of(tensor));
+  for (int64_t d = 0; same_shape && d < tensor.dim(); ++d) same_shape = tensor.size(d) == shape.begin()[d];
+  check(same_shape, name, " must have shape ", Sizes{shape}, ", got ", shape_of(tensor));
   check(tensor.scalar_type() == dtype, name, " must be ", torch::headeronly::toString(dtype), ", got ",
         torch::headeronly::toString(tensor.scalar_type()));
   check(tensor.device() == like.device(), name, " must be on the device of emissions");

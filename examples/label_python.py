@@ -1,6 +1,7 @@
-"""Train a sequence tagger with a CRF on real text, and compare the compiled CRF with plain PyTorch.
+"""Train a tagger on real text, with a CRF for flat tags and a GlobalPointer for nested spans, and compare with plain
+PyTorch.
 
-python examples/label_python.py                                   the roles of names in Python's standard library
+python examples/label_python.py                                   names, calls, arguments, ... of the standard library
 python examples/label_python.py --train a.conll --test b.conll    your own files (BIO, IOB1, BIOES, BMES)
 python examples/label_python.py --predict my_module.py            tag a file with what was trained last
 """
@@ -21,14 +22,25 @@ os.environ["OMP_WAIT_POLICY"] = os.environ.get("OMP_WAIT_POLICY", "passive")
 import torch
 from conll import check_tags_seen, detect_scheme, read_conll
 from picture import save_picture
-from python_corpus import LABELS, ROLES, read_source, standard_library
+from python_corpus import KINDS, LABELS, read_source, standard_library
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
-from sentences import InputError, Score, Sentence, Span, entities, entity_scores, token_accuracy
-from tagger import Tagger, batches, encode, load_checkpoint, save_checkpoint
-from training import LOSS_TOLERANCE, Run, Trainer, compare, largest_loss_difference
+from screen import progress, score_table
+from sentences import (
+    InputError,
+    Sentence,
+    Span,
+    entities,
+    joined,
+    make_folder,
+    outside_in,
+    scores_by_label,
+    span_types,
+    token_accuracy,
+)
+from tagger import Labels, Tagger, batches, encode, load_checkpoint, save_checkpoint
+from training import LOSS_TOLERANCE, Run, Trainer, compare, largest_loss_difference, same_spans
 
 BATCH_SIZE = 32
 TEST_FRACTION = 0.2
@@ -41,7 +53,7 @@ class Size:
     compared_steps: int
 
 
-FULL = Size(files=200, steps=400, compared_steps=20)
+FULL = Size(files=200, steps=400, compared_steps=12)
 QUICK = Size(files=30, steps=60, compared_steps=5)
 PALETTE = ("cyan", "green", "yellow", "blue", "magenta", "red", "bright_cyan", "bright_green")
 
@@ -51,11 +63,10 @@ class Corpus:
     name: str
     train: list[Sentence]
     test: list[Sentence]
-    labels: list[str]
-    scheme: str
+    labels: Labels
 
     def entities(self, tags: list[list[str]]) -> list[list[Span]]:
-        return [entities(sentence, self.labels, self.scheme) for sentence in tags]
+        return [entities(sentence, self.labels.tags, self.labels.scheme) for sentence in tags]
 
 
 def read_corpus(args: argparse.Namespace, size: Size) -> Corpus:
@@ -67,23 +78,17 @@ def read_corpus(args: argparse.Namespace, size: Size) -> Corpus:
         test, train = (
             [sentence for file in part for sentence in file] for part in (files[:held_out], files[held_out:])
         )
-        return Corpus("python", train, test, LABELS, "BIO")
+        return Corpus("python", train, test, Labels(LABELS, "BIO", KINDS))
     train, test = read_conll(args.train), read_conll(args.test)
-    labels = sorted({tag for sentence in train for tag in sentence.tags})
-    check_tags_seen(args.test, test, labels)
-    return Corpus("conll", train, test, labels, detect_scheme({args.train: train, args.test: test}))
-
-
-def make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"cannot make the folder {folder}: {error.strerror}") from error
-
-
-def progress(console: Console) -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    return Progress(*columns, TextColumn("{task.fields[note]}"), console=console)
+    tags = sorted({tag for sentence in train for tag in sentence.tags})
+    check_tags_seen(args.test, test, tags)
+    scheme = detect_scheme({args.train: train, args.test: test})
+    kinds = span_types(tags)
+    if not kinds:
+        raise InputError(f"{args.train} has no entity to learn: every tag is O")
+    for sentence in train + test:
+        sentence.spans = entities(sentence.tags, tags, scheme)
+    return Corpus("conll", train, test, Labels(tags, scheme, kinds))
 
 
 def train_and_compare(args: argparse.Namespace, console: Console) -> int:
@@ -95,33 +100,41 @@ def train_and_compare(args: argparse.Namespace, console: Console) -> int:
     console.print(
         f"{len(corpus.train)} training and {len(corpus.test)} test sentences, "
         f"{sum(len(s.tokens) for s in corpus.train)} and {sum(len(s.tokens) for s in corpus.test)} tokens, "
-        f"{len(corpus.labels)} tags, scheme {corpus.scheme}"
+        f"{len(corpus.labels.tags)} tags, scheme {corpus.labels.scheme}, span types: {', '.join(corpus.labels.kinds)}"
     )
+    if corpus.name == "python":
+        console.print(nesting(corpus.train))
     examples = encode(corpus.train, corpus.labels)
 
-    def make_tagger(plain_crf: bool) -> Tagger:
+    def make_tagger(plain: bool) -> Tagger:
         torch.manual_seed(args.seed)
-        return Tagger(corpus.labels, corpus.scheme, plain_crf=plain_crf)
+        return Tagger(corpus.labels, plain=plain)
 
     make_folder(args.output)
     make_folder(args.checkpoint.parent)
-    tagger = make_tagger(plain_crf=False)
+    tagger = make_tagger(plain=False)
     trainer = Trainer(tagger, steps)
     losses = []
     with progress(console) as bar:
         task = bar.add_task("training", total=steps, note="")
         for batch in batches(examples, BATCH_SIZE, steps, args.seed):
-            losses.append(trainer.step(batch).loss)
-            bar.update(task, advance=1, note=f"loss {losses[-1]:.4f}")
+            step = trainer.step(batch)
+            losses.append((step.crf.loss, step.spans.loss))
+            bar.update(task, advance=1, note=f"loss of the CRF {step.crf.loss:.4f}, of spans {step.spans.loss:.4f}")
     save_checkpoint(args.checkpoint, tagger, corpus.name)
 
-    gold, predicted = [sentence.tags for sentence in corpus.test], tagger.predict(corpus.test)
-    scores = entity_scores(corpus.entities(gold), corpus.entities(predicted))
-    console.print(score_table(scores), f"token accuracy {token_accuracy(gold, predicted):.4f}\n")
+    tags, spans = tagger.predict(corpus.test)
+    gold = [sentence.tags for sentence in corpus.test]
+    scores = {
+        "CRF": scores_by_label(corpus.entities(gold), corpus.entities(tags)),
+        "GlobalPointer": scores_by_label([sentence.spans for sentence in corpus.test], spans),
+    }
+    console.print(score_table("Entities and spans of held-out text", scores))
+    console.print(f"token accuracy {token_accuracy(gold, tags):.4f}\n")
 
     compared_steps = min(size.compared_steps, steps)
     with progress(console) as bar:
-        task = bar.add_task("comparing", total=compared_steps, note="the same model with the plain-PyTorch CRF")
+        task = bar.add_task("comparing", total=compared_steps, note="the same model with heads in plain PyTorch")
         first_batches = islice(batches(examples, BATCH_SIZE, steps, args.seed), compared_steps)
         compiled, plain = compare(make_tagger, steps, first_batches, on_step=lambda: bar.advance(task))
     console.print(time_table(compiled, plain))
@@ -133,33 +146,34 @@ def train_and_compare(args: argparse.Namespace, console: Console) -> int:
     return status
 
 
+def nesting(sentences: list[Sentence]) -> str:
+    depths = [depth for sentence in sentences for _, depth in outside_in(span[:2] for span in sentence.spans)]
+    inside = sum(depth > 0 for depth in depths) / len(depths)
+    return f"{100 * inside:.0f}% of the training spans lie inside others, up to {max(depths)} deep"
+
+
 def report_losses(compiled: Run, plain: Run, console: Console) -> int:
     difference = largest_loss_difference(compiled, plain)
     same_tags = torch.cat(compiled.paths).eq(torch.cat(plain.paths)).double().mean().item()
     console.print(
-        f"over these {len(plain.steps)} steps the two losses differ by at most {difference:.1e} "
-        f"(tolerance {LOSS_TOLERANCE:.0e}) and {100 * same_tags:.3f}% of the decoded tags are the same"
+        f"over these {len(plain.steps)} steps the losses differ by at most {difference:.1e} (tolerance "
+        f"{LOSS_TOLERANCE:.0e}), {100 * same_tags:.3f}% of the decoded tags are the same, "
+        f"{100 * same_spans(compiled, plain):.3f}% of the decoded spans"
     )
     if difference <= LOSS_TOLERANCE:
         return 0
-    print("label_python: the compiled and the plain CRF do not train alike, their losses differ", file=sys.stderr)
+    print("label_python: the compiled and the plain heads do not train alike, their losses differ", file=sys.stderr)
     return 1
-
-
-def score_table(scores: dict[str, Score]) -> Table:
-    table = Table("type", "precision", "recall", "F1", "entities", title="Entities on held-out text", box=SIMPLE_HEAD)
-    for label, score in scores.items():
-        numbers = (f"{value:.3f}" for value in (score.precision, score.recall, score.f1))
-        table.add_row(label or "(no type)", *numbers, str(score.support))
-    return table
 
 
 def time_table(compiled: Run, plain: Run) -> Table:
     fast, slow = compiled.milliseconds(), plain.milliseconds()
-    title = f"The first {len(plain.steps)} steps with both CRFs"
-    table = Table("ms per batch, median", compiled.name, plain.name, "ratio", title=title, box=SIMPLE_HEAD)
+    title = f"The first {len(plain.steps)} steps with both"
+    table = Table("per batch, median", compiled.name, plain.name, "ratio", title=title, box=SIMPLE_HEAD)
     for part in fast:
-        table.add_row(part, f"{fast[part]:.2f}", f"{slow[part]:.2f}", f"{slow[part] / fast[part]:.3g}x")
+        table.add_row(part, f"{fast[part]:.2f} ms", f"{slow[part]:.2f} ms", f"{slow[part] / fast[part]:.3g}x")
+    mib = [run.peak_bytes / 2**20 for run in (compiled, plain)]
+    table.add_row("span head, peak memory", *(f"{size:.1f} MiB" for size in mib), f"{mib[1] / mib[0]:.3g}x")
     return table
 
 
@@ -167,19 +181,25 @@ def predict(args: argparse.Namespace, console: Console) -> int:
     tagger, corpus = load_checkpoint(args.checkpoint)
     if corpus == "conll":
         sentences = read_conll(args.predict, tagged=False)
-        for sentence, tags in zip(sentences, tagger.predict(sentences), strict=True):
-            print("\n".join(f"{token}\t{tag}" for token, tag in zip(sentence.tokens, tags, strict=True)), end="\n\n")
+        for sentence, tags, spans in zip(sentences, *tagger.predict(sentences), strict=True):
+            # Third column: the spans that begin at the token, each with its number of tokens; they may be nested.
+            begins = [[f"{s.label}:{s.stop - s.start}" for s in spans if s.start == i] for i in range(len(tags))]
+            for token, tag, here in zip(sentence.tokens, tags, begins, strict=True):
+                print(token, tag, ",".join(here) or "_", sep="\t")
+            print()
         return 0
     sentences = read_source(args.predict)
-    console.print("  line  role        text")
-    for sentence, tags in zip(sentences, tagger.predict(sentences), strict=True):
-        for start, stop, role in entities(tags, tagger.labels, tagger.scheme):
-            text = " ".join("".join(sentence.tokens[start:stop]).split())
-            console.print(
-                f"{sentence.lines[start]:6}  {role:10}  {text[:80]}",
-                style=PALETTE[ROLES.index(role) % len(PALETTE)],
-                markup=False,
-            )
+    console.print("  line  role by CRF  spans by GlobalPointer                  text")
+    for sentence, tags, spans in zip(sentences, *tagger.predict(sentences), strict=True):
+        role = {(s.start, s.stop): s.label for s in entities(tags, tagger.labels.tags, tagger.labels.scheme)}
+        kinds: dict[tuple[int, int], list[str]] = {extent: [] for extent in role}
+        for start, stop, kind in spans:
+            kinds.setdefault((start, stop), []).append(kind)
+        for (start, stop), depth in outside_in(kinds):
+            listed = "  " * depth + ", ".join(kinds[start, stop])
+            text = joined(sentence.tokens[start:stop])[:60]
+            line = f"{sentence.lines[start]:6}  {role.get((start, stop), ''):11}  {listed:38}  {text}"
+            console.print(line, style=PALETTE[depth % len(PALETTE)], markup=False)
     return 0
 
 

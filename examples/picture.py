@@ -1,7 +1,8 @@
-"""The picture of a run: loss curves, the time of the two CRFs, and F1 by type."""
+"""The picture of a run: loss curves, time and memory of compiled and plain heads, and F1 by type."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import matplotlib
@@ -10,41 +11,77 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from sentences import Score
-from training import Run, largest_loss_difference
+from training import Run, Step
 
 COMPILED, PLAIN = "tab:blue", "tab:orange"
 
 
-def save_picture(path: Path, losses: list[float], compiled: Run, plain: Run, scores: dict[str, Score]) -> None:
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(16, 5), layout="constrained")
-    draw_losses(left, losses, compiled, plain)
-    draw_times(middle, compiled, plain)
-    draw_scores(right, scores)
+def save_picture(
+    path: Path,
+    losses: list[tuple[float, float]],
+    compiled: Run,
+    plain: Run,
+    scores: dict[str, dict[str, Score]],
+) -> None:
+    """One column for the losses (of CRF and spans), one for time and memory, one for the scores of each head."""
+    figure, axes = plt.subplots(2, 3, figsize=(16, 10), layout="constrained", width_ratios=(1, 1.2, 1))
+    parts = {
+        "CRF": ("negative log-likelihood per token", lambda step: step.crf.loss),
+        "GlobalPointer": ("multilabel cross entropy", lambda step: step.spans.loss),
+    }
+    for row, (head, (unit, loss_of)) in enumerate(parts.items()):
+        draw_losses(axes[row, 0], [pair[row] for pair in losses], compiled, plain, loss_of)
+        axes[row, 0].set(title=f"{head}: training loss", xlabel="step", ylabel=unit, yscale="log")
+        draw_scores(axes[row, 2], scores[head])
+        axes[row, 2].set_title(f"{head}: F1 on held-out text")
+    draw_times(axes[0, 1], compiled, plain)
+    draw_memory(axes[1, 1], compiled, plain)
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
 
-def draw_losses(axes: Axes, losses: list[float], compiled: Run, plain: Run) -> None:
-    axes.plot(range(1, len(losses) + 1), losses, color=COMPILED, linewidth=1, label=compiled.name)
-    axes.set(title="Training loss", xlabel="step", ylabel="negative log-likelihood per token", yscale="log")
+def save_loss_and_scores(path: Path, losses: list[float], scores: dict[str, Score]) -> None:
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    left.plot(range(1, len(losses) + 1), losses, color=COMPILED, linewidth=1)
+    left.set(title="Training loss", xlabel="step", ylabel="multilabel cross entropy", yscale="log")
+    draw_scores(right, scores)
+    right.set_title("F1 on held-out text")
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
 
+
+def draw_losses(axes: Axes, losses: list[float], compiled: Run, plain: Run, loss_of: Callable[[Step], float]) -> None:
+    axes.plot(range(1, len(losses) + 1), losses, color=COMPILED, linewidth=1, label=compiled.name)
     # The steps that both have trained are few and steep: they get axes of their own.
     steps = range(1, len(plain.steps) + 1)
     inset = axes.inset_axes((0.4, 0.5, 0.57, 0.42))
-    inset.plot(steps, [step.loss for step in compiled.steps], color=COMPILED, label=compiled.name)
-    inset.plot(steps, [step.loss for step in plain.steps], "o", color=PLAIN, fillstyle="none", label=plain.name)
-    inset.set_title(f"both, {len(steps)} steps: equal to {largest_loss_difference(compiled, plain):.0e}", fontsize=10)
+    ours, theirs = ([loss_of(step) for step in run.steps] for run in (compiled, plain))
+    inset.plot(steps, ours, color=COMPILED, label=compiled.name)
+    inset.plot(steps, theirs, "o", color=PLAIN, fillstyle="none", label=plain.name)
+    difference = max(abs(a - b) for a, b in zip(ours, theirs, strict=True))
+    inset.set_title(f"both, {len(steps)} steps: equal to {difference:.0e}", fontsize=10)
     inset.legend(fontsize=9)
 
 
 def draw_times(axes: Axes, compiled: Run, plain: Run) -> None:
-    fast, slow = compiled.milliseconds(), plain.milliseconds()
-    for offset, run, times, color in ((-0.2, compiled, fast, COMPILED), (0.2, plain, slow, PLAIN)):
-        bars = axes.bar([i + offset for i in range(len(times))], times.values(), 0.4, color=color, label=run.name)
-        axes.bar_label(bars, [f"{ms:.2f}" if ms < 10 else f"{ms:.0f}" for ms in times.values()], padding=2, fontsize=9)
-    axes.set_xticks(range(len(fast)), [f"{part}\n{slow[part] / fast[part]:.3g}x" for part in fast])
+    fast, slow = ({part.replace(" ", "\n"): ms for part, ms in run.milliseconds().items()} for run in (compiled, plain))
+    draw_pairs(axes, compiled, plain, fast, slow)
     axes.set(title="Median time per batch, and how many times faster", ylabel="milliseconds", yscale="log")
     axes.set_ylim(top=5 * max(slow.values()))
+
+
+def draw_memory(axes: Axes, compiled: Run, plain: Run) -> None:
+    fast, slow = ({"span head:\nloss and backward": run.peak_bytes / 2**20} for run in (compiled, plain))
+    draw_pairs(axes, compiled, plain, fast, slow)
+    axes.set(title="Peak memory, and how many times less", ylabel="MiB", yscale="log", xlim=(-1, 1))
+    axes.set_ylim(bottom=1, top=5 * max(slow.values()))
+
+
+def draw_pairs(axes: Axes, compiled: Run, plain: Run, fast: dict[str, float], slow: dict[str, float]) -> None:
+    for offset, run, values, color in ((-0.2, compiled, fast, COMPILED), (0.2, plain, slow, PLAIN)):
+        bars = axes.bar([i + offset for i in range(len(values))], values.values(), 0.4, color=color, label=run.name)
+        axes.bar_label(bars, [f"{x:.2f}" if x < 10 else f"{x:.0f}" for x in values.values()], padding=2, fontsize=9)
+    axes.set_xticks(range(len(fast)), [f"{part}\n{slow[part] / fast[part]:.3g}x" for part in fast], fontsize=9)
     axes.legend(loc="upper left")
 
 
@@ -53,4 +90,5 @@ def draw_scores(axes: Axes, scores: dict[str, Score]) -> None:
     bars = axes.barh(labels, [scores[label].f1 for label in labels], color="tab:gray")
     bars[-1].set_color(COMPILED)
     axes.bar_label(bars, fmt="%.2f", padding=3, fontsize=9)
-    axes.set(title="Entity F1 on held-out text", xlim=(0, 1.1))
+    axes.set(xlim=(0, 1.1))
+    axes.tick_params("y", labelsize=9)

@@ -26,7 +26,7 @@ ROLES = (
     *("callee", "attribute", "keyword", "exception", "docstring"),
 )
 LABELS = ["O", *(f"{prefix}-{role}" for role in ROLES for prefix in "BI")]
-# Nested kinds beside the roles, which only a span head can learn: these nodes, and argument, annotation and condition.
+# Nested kinds beside the roles, which only a span head can learn: these nodes, and what KINDS adds.
 PHRASE_OF_NODE = {
     ast.Call: "call",
     ast.Subscript: "subscript",
@@ -35,6 +35,8 @@ PHRASE_OF_NODE = {
     **dict.fromkeys((ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp), "comprehension"),
     **dict.fromkeys((ast.List, ast.Tuple, ast.Set, ast.Dict), "collection"),
 }
+PHRASES = ("argument", "annotation", "condition", "function body", "class body", *sorted(set(PHRASE_OF_NODE.values())))
+KINDS = [*ROLES, *PHRASES]
 
 MIN_TOKENS, MAX_TOKENS = 32, 128  # the bounds between which the room of a sentence is drawn
 # Tests would be most of the corpus, code page tables are no code, and what is installed differs between machines.
@@ -165,12 +167,14 @@ class Labeller:
                 self.docstring(node)
                 self.decorators(node)
                 self.annotation(node.returns)
+                self.body("function body", node)
             case ast.ClassDef():
                 self.claim_name("class", node, node.name)
                 self.docstring(node)
                 self.decorators(node)
                 for base in node.bases:
                     self.claim_dotted("base", base)
+                self.body("class body", node)
             case ast.arg():
                 self.claim_name("parameter", node, node.arg)
                 self.annotation(node.annotation)
@@ -219,6 +223,11 @@ class Labeller:
     def annotation(self, node: ast.AST | None) -> None:
         if node is not None:
             self.phrase("annotation", node)
+
+    def body(self, kind: str, node: ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) -> None:
+        decorators = getattr(node.body[0], "decorator_list", [])
+        start = self.extent(decorators[0])[0] - 1 if decorators else self.extent(node.body[0])[0]  # with the @
+        self.phrases.append(Span(start, self.extent(node)[1], kind))
 
     def imported(self, role: str, alias: ast.alias) -> None:
         start, stop = self.extent(alias)

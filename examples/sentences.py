@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from pathlib import Path
+from typing import NamedTuple, Protocol
 
 from fastnlp_ops import tags_to_spans
 
@@ -22,36 +24,73 @@ class Span(NamedTuple):
     label: str
 
 
+def make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot make the folder {folder}: {error.strerror}") from error
+
+
 @dataclass
 class Sentence:
     tokens: list[str]  # as written in the file
     words: list[str]  # as the model reads them: equal to the tokens, or with the give-aways hidden
     lines: list[int]  # line of the file that each token starts on
     tags: list[str] = field(default_factory=list)  # one per token, empty where the file is only to be tagged
-    spans: list[Span] = field(default_factory=list)  # nested, for a span head; the flat ones are in `tags` too
+    spans: list[Span] = field(default_factory=list)  # nested; the flat ones are in `tags` too
+
+
+def span_types(labels: list[str]) -> list[str]:
+    """The types that the labels of tags name, in the order in which `tags_to_spans` numbers them."""
+    return list(dict.fromkeys(label[2:] for label in labels if label != "O"))
 
 
 def entities(tags: list[str], labels: list[str], scheme: str) -> list[Span]:
     """The entities that the tags of one sentence spell out; their label is "" where tags have no type."""
-    names = list(dict.fromkeys(label[2:] for label in labels if label != "O"))
+    names = span_types(labels)
     spans = tags_to_spans([labels.index(tag) for tag in tags], labels, scheme)
     return [Span(start, last + 1, names[kind]) for start, last, kind in spans.tolist()]
+
+
+def outside_in(extents: Iterable[tuple[int, int]]) -> list[tuple[tuple[int, int], int]]:
+    """(start, stop) in the order of the text, outer before inner, each with the number of others around it."""
+    open_ones: list[tuple[int, int]] = []
+    found = []
+    for start, stop in sorted(set(extents), key=lambda extent: (extent[0], -extent[1])):
+        open_ones = [outer for outer in open_ones if outer[1] > start]
+        found.append(((start, stop), sum(stop <= end for _, end in open_ones)))
+        open_ones.append((start, stop))
+    return found
+
+
+def joined(tokens: list[str]) -> str:
+    """Tokens as one line of text, with spaces only where words would run together."""
+    text = ""
+    for token in tokens:
+        text += f" {token}" if re.search(r"\w$", text) and re.match(r"\w", token) else token
+    return " ".join(text.split())
 
 
 class Score(NamedTuple):
     precision: float
     recall: float
     f1: float
-    support: int  # entities in the gold tags
+    support: int  # how many there are to find
 
 
-def entity_scores(gold: list[list[Span]], predicted: list[list[Span]]) -> dict[str, Score]:
-    """Scores of exactly matching entities: of "all" together, then of each type, the most frequent first."""
+class Labelled(Protocol):
+    """What can be scored: equal ones match."""
+
+    label: str
+
+
+def scores_by_label(gold: Iterable[Iterable[Labelled]], predicted: Iterable[Iterable[Labelled]]) -> dict[str, Score]:
+    """Scores of exact matches, text by text: of "all" together, then of each label, the most frequent first."""
     correct, in_gold, in_predicted = Counter(), Counter(), Counter()
-    for gold_spans, predicted_spans in zip(gold, predicted, strict=True):
-        in_gold.update(span.label for span in gold_spans)
-        in_predicted.update(span.label for span in predicted_spans)
-        correct.update(span.label for span in set(gold_spans) & set(predicted_spans))
+    for to_find, found in zip(gold, predicted, strict=True):
+        in_gold.update(item.label for item in to_find)
+        in_predicted.update(item.label for item in found)
+        correct.update(item.label for item in set(to_find) & set(found))
 
     def score(labels: Iterable[str]) -> Score:
         n_correct = sum(correct[label] for label in labels)

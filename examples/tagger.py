@@ -1,35 +1,29 @@
-"""The tagger: hashed word features, a small convolutional network, and a CRF on top."""
+"""The tagger: one encoder, a CRF on top of it for flat tags, and a GlobalPointer for nested spans."""
 
 from __future__ import annotations
 
-import re
-import zlib
 from collections.abc import Iterator
-from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from sentences import InputError, Sentence
+from encoder import WIDTH, Encoder, encode_words, pad
+from sentences import InputError, Sentence, Span
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from fastnlp_ops import CRF, reference, transition_mask
+from fastnlp_ops import CRF, EfficientGlobalPointer, reference, transition_mask
 
-BUCKETS = 1 << 14
-WIDTH = 96
-LAYERS = 3
-CHECKPOINT_FORMAT = "fastnlp_ops example tagger 1"
+HEAD_SIZE = 64
+CHECKPOINT_FORMAT = "fastnlp_ops example tagger 2"
 
 
-@cache
-def features(word: str) -> list[int]:
-    """Hashed features of a word: itself, its affixes and its shape (`HTTPServer2` has the shape `XxX0x`)."""
-    shape = re.sub(r"(.)\1+", r"\1", re.sub(r"\d", "0", re.sub("[a-z]", "x", re.sub("[A-Z]", "X", word))))
-    lower = word.lower()
-    texts = [f"word={word}", f"lower={lower}", f"shape={shape}", f"first={lower[:3]}", f"last={lower[-3:]}"]
-    # crc32, because Python salts hash() anew in every process.
-    return [zlib.crc32(text.encode()) % BUCKETS for text in texts]
+class Labels(NamedTuple):
+    """What the two heads choose from."""
+
+    tags: list[str]
+    scheme: str
+    kinds: list[str]  # of spans
 
 
 class Example(NamedTuple):
@@ -37,28 +31,32 @@ class Example(NamedTuple):
 
     features: Tensor  # [T, F]
     tags: Tensor  # [T]
+    spans: Tensor  # [M, 3]: kind, first and last token
 
 
 class Batch(NamedTuple):
     features: Tensor  # [B, T, F], padded with zeros
     tags: Tensor  # [B, T]
+    spans: Tensor  # [M, 4]: sentence, kind, first and last token
     mask: Tensor  # [B, T], on at the tokens
 
-
-def encode_words(sentence: Sentence) -> Tensor:
-    return torch.tensor([features(word) for word in sentence.words])
-
-
-def encode(sentences: list[Sentence], labels: list[str]) -> list[Example]:
-    index = {label: i for i, label in enumerate(labels)}
-    return [Example(encode_words(s), torch.tensor([index[tag] for tag in s.tags])) for s in sentences]
+    def first(self, count: int) -> Batch:
+        """The batch with its first `count` sentences, at least one."""
+        count = max(1, count)
+        spans = self.spans[self.spans[:, 0] < count]
+        return Batch(self.features[:count], self.tags[:count], spans, self.mask[:count])
 
 
-def pad(rows: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """Features of several sentences as one [B, T, F], and the mask [B, T] of their tokens."""
-    lengths = torch.tensor([len(row) for row in rows])
-    padded = pad_sequence(rows, batch_first=True)
-    return padded, torch.arange(padded.shape[1]) < lengths[:, None]
+def encode(sentences: list[Sentence], labels: Labels) -> list[Example]:
+    tag, kind = ({name: i for i, name in enumerate(names)} for names in (labels.tags, labels.kinds))
+    examples = []
+    for sentence in sentences:
+        tags = torch.tensor([tag[name] for name in sentence.tags])
+        spans = [[kind[span.label], span.start, span.stop - 1] for span in sentence.spans]
+        examples.append(
+            Example(encode_words(sentence.words), tags, torch.tensor(spans, dtype=torch.long).reshape(-1, 3))
+        )
+    return examples
 
 
 def batches(examples: list[Example], batch_size: int, steps: int, seed: int) -> Iterator[Batch]:
@@ -70,8 +68,10 @@ def batches(examples: list[Example], batch_size: int, steps: int, seed: int) -> 
             order += torch.randperm(len(examples), generator=generator).tolist()
         chosen = [examples[i] for i in order[:batch_size]]
         del order[:batch_size]
-        padded, mask = pad([example.features for example in chosen])
-        yield Batch(padded, pad_sequence([example.tags for example in chosen], batch_first=True), mask)
+        features, mask = pad([example.features for example in chosen])
+        tags = pad_sequence([example.tags for example in chosen], batch_first=True)
+        spans = torch.cat([nn.functional.pad(example.spans, (1, 0), value=i) for i, example in enumerate(chosen)])
+        yield Batch(features, tags, spans, mask)
 
 
 class PlainCRF(nn.Module):
@@ -99,54 +99,63 @@ class PlainCRF(nn.Module):
         return reference.crf_viterbi(emissions, *self.scores(), mask=mask)
 
 
-class Encoder(nn.Module):
-    """Word features to emissions, by convolutions with residual connections."""
+class PlainGlobalPointer(EfficientGlobalPointer):
+    """The same layer as it is mostly written: the scores of all n x n spans, and a loss with as many labels."""
 
-    def __init__(self, num_tags: int) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(BUCKETS, WIDTH)
-        nn.init.normal_(self.embedding.weight, std=0.1)  # small: an unseen word is to say little
-        self.layers = nn.ModuleList(nn.Conv1d(WIDTH, WIDTH, 5, padding="same") for _ in range(LAYERS))
-        self.norms = nn.ModuleList(nn.LayerNorm(WIDTH) for _ in range(LAYERS))
-        self.output = nn.Linear(WIDTH, num_tags)
+    def forward(self, hidden: Tensor, mask: Tensor) -> Tensor:
+        q, k, start_bias, end_bias = self.project(hidden)
+        return reference.global_pointer_scores(q, k, start_bias=start_bias, end_bias=end_bias, mask=mask)
 
-    def forward(self, features: Tensor, mask: Tensor) -> Tensor:
-        on = mask[..., None]
-        hidden = self.embedding(features).sum(2)  # [B, T, WIDTH]
-        for layer, norm in zip(self.layers, self.norms, strict=True):
-            # Padding goes in as zeros, so that a sentence is tagged alike in every batch.
-            hidden = hidden + layer((norm(hidden) * on).transpose(1, 2)).transpose(1, 2).relu()
-        return self.output(hidden)  # [B, T, num_tags]
+    def loss(self, hidden: Tensor, spans: Tensor, mask: Tensor) -> Tensor:
+        scores = self(hidden, mask)
+        labels = torch.zeros_like(scores, dtype=torch.bool)
+        labels[spans.unbind(1)] = True
+        return reference.multilabel_categorical_crossentropy(scores.flatten(2), labels.flatten(2))
+
+    def decode(self, hidden: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        scores = self(hidden, mask)
+        spans = (scores > 0).nonzero()
+        return spans, scores[spans.unbind(1)]
 
 
 class Tagger(nn.Module):
-    def __init__(self, labels: list[str], scheme: str, *, plain_crf: bool = False) -> None:
+    def __init__(self, labels: Labels, *, plain: bool = False) -> None:
         super().__init__()
         self.labels = labels
-        self.scheme = scheme
-        self.encoder = Encoder(len(labels))
-        self.crf = CRF(len(labels), batch_first=True, labels=labels, scheme=scheme)
-        if plain_crf:
-            weights = self.crf.state_dict()
-            self.crf = PlainCRF(labels, scheme)
-            self.crf.load_state_dict(weights, strict=False)
+        self.encoder = Encoder()
+        self.emissions = nn.Linear(WIDTH, len(labels.tags))
+        self.crf = CRF(len(labels.tags), batch_first=True, labels=labels.tags, scheme=labels.scheme)
+        self.spans = EfficientGlobalPointer(WIDTH, len(labels.kinds), HEAD_SIZE)
+        if plain:
+            self.crf = with_weights_of(self.crf, PlainCRF(labels.tags, labels.scheme))
+            self.spans = with_weights_of(self.spans, PlainGlobalPointer(WIDTH, len(labels.kinds), HEAD_SIZE))
 
     @torch.no_grad()
-    def predict(self, sentences: list[Sentence], batch_size: int = 64) -> list[list[str]]:
-        predicted = []
+    def predict(self, sentences: list[Sentence], batch_size: int = 64) -> tuple[list[list[str]], list[list[Span]]]:
+        """The tags and the spans of every sentence."""
+        all_tags, all_spans = [], []
         for start in range(0, len(sentences), batch_size):
-            padded, mask = pad([encode_words(sentence) for sentence in sentences[start : start + batch_size]])
-            paths, _ = self.crf.viterbi(self.encoder(padded, mask), mask)
-            predicted += [[self.labels[tag] for tag in path[on]] for path, on in zip(paths, mask, strict=True)]
-        return predicted
+            features, mask = pad([encode_words(sentence.words) for sentence in sentences[start : start + batch_size]])
+            hidden = self.encoder(features, mask)
+            paths, _ = self.crf.viterbi(self.emissions(hidden), mask)
+            all_tags += [[self.labels.tags[tag] for tag in path[on]] for path, on in zip(paths, mask, strict=True)]
+            spans = [[] for _ in mask]
+            for sentence, kind, first, last in self.spans.decode(hidden, mask)[0].tolist():
+                spans[sentence].append(Span(first, last + 1, self.labels.kinds[kind]))
+            all_spans += spans
+        return all_tags, all_spans
+
+
+def with_weights_of(layer: nn.Module, plain: nn.Module) -> nn.Module:
+    plain.load_state_dict(layer.state_dict(), strict=False)  # the CRF has buffers besides
+    return plain
 
 
 def save_checkpoint(path: Path, tagger: Tagger, corpus: str) -> None:
     content = {
         "format": CHECKPOINT_FORMAT,
         "corpus": corpus,
-        "labels": tagger.labels,
-        "scheme": tagger.scheme,
+        "labels": tuple(tagger.labels),
         "weights": tagger.state_dict(),
     }
     torch.save(content, path)
@@ -154,14 +163,19 @@ def save_checkpoint(path: Path, tagger: Tagger, corpus: str) -> None:
 
 def load_checkpoint(path: Path) -> tuple[Tagger, str]:
     """The tagger, and which corpus ("python" or "conll") it was trained on."""
+    content = read_checkpoint(path, CHECKPOINT_FORMAT)
+    tagger = Tagger(Labels(*content["labels"]))
+    tagger.load_state_dict(content["weights"])
+    return tagger, content["corpus"]
+
+
+def read_checkpoint(path: Path, wanted: str) -> dict:
     if not path.is_file():
         raise InputError(f"there is no checkpoint {path}: train first, or name one with --checkpoint")
     try:
         content = torch.load(path, weights_only=True)
-        if content["format"] != CHECKPOINT_FORMAT:
+        if content["format"] != wanted:
             raise ValueError(content["format"])
-        tagger = Tagger(content["labels"], content["scheme"])
-        tagger.load_state_dict(content["weights"])
-        return tagger, content["corpus"]
     except Exception as error:  # what a foreign file makes torch.load raise has no common class
         raise InputError(f"{path} is not a checkpoint of this script") from error
+    return content

@@ -32,6 +32,9 @@ from fastnlp_ops.global_pointer import (  # noqa: E402
     global_pointer_loss,
     global_pointer_scores,
 )
+from fastnlp_ops.global_pointer_module import EfficientGlobalPointer, GlobalPointer  # noqa: E402
+from fastnlp_ops.global_pointer_state_dict import convert_global_pointer_state_dict  # noqa: E402
+from fastnlp_ops.gplinker import gplinker_decode  # noqa: E402
 from fastnlp_ops.memm import MEMM, memm_log_likelihood, memm_viterbi  # noqa: E402
 from fastnlp_ops.multilabel import (  # noqa: E402
     multilabel_categorical_crossentropy,
@@ -46,8 +49,11 @@ except _metadata.PackageNotFoundError:  # a source tree on PYTHONPATH
 __all__ = [
     "CRF",
     "MEMM",
+    "EfficientGlobalPointer",
+    "GlobalPointer",
     "__version__",
     "convert_crf_state_dict",
+    "convert_global_pointer_state_dict",
     "crf_entropy",
     "crf_log_likelihood",
     "crf_log_partition",
@@ -59,6 +65,7 @@ __all__ = [
     "global_pointer_divergence",
     "global_pointer_loss",
     "global_pointer_scores",
+    "gplinker_decode",
     "memm_log_likelihood",
     "memm_viterbi",
     "multilabel_categorical_crossentropy",

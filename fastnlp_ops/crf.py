@@ -66,7 +66,8 @@ def crf_log_partition(
         Against float64, |error| <= 1e-6 |log Z| + 1e-4 in float32, also for emissions of standard deviation 100 with
         forbidden transitions. Where a path leads by s nats until a forbidden transition kills it, those that it hid
         are known to s times 6e-8: scores of 1e4 cost 6e-4. Deterministic: the same bits for every run and thread count,
-        gradients included. The backward pass saves as many float32 numbers as there are emissions.
+        gradients included, and for every batch that a sequence is part of, up to one exception: on CPU, batches of four
+        and more take a kernel that rounds differently from that of smaller ones. The backward pass saves as many float32 numbers as there are emissions.
 
     References:
         Lafferty, McCallum, Pereira: Conditional Random Fields. ICML 2001, section 3. Rabiner: A Tutorial on Hidden

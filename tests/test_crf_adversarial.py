@@ -213,19 +213,21 @@ def test_all_forbidden(what, std, device):
     assert ((paths >= 0) & (paths < 4)).all()
 
 
-def test_one_of_the_batch_is_forbidden(device):
+@pytest.mark.parametrize("batch", [3, 12])
+def test_one_of_the_batch_is_forbidden(batch, device):
     """The others do not notice, in values and gradients."""
-    problem = make_problem(4, 6, 5, device)
-    problem.emissions[2, 3] = -INF
-    others = problem.with_scores(problem.emissions[[0, 1, 3]], *problem.scores[1:])
-    others.tags, others.allowed = problem.tags[[0, 1, 3]], problem.allowed[[0, 1, 3]]
+    problem = make_problem(batch, 6, 5, device)
+    problem.emissions[1, 3] = -INF
+    kept = [b for b in range(batch) if b != 1]
+    others = problem.with_scores(problem.emissions[kept], *problem.scores[1:])
+    others.tags, others.allowed = problem.tags[kept], problem.allowed[kept]
     for function in VALUES:
         value = function(fastnlp_ops, problem)
-        assert_same(value[[0, 1, 3]], function(fastnlp_ops, others))
-        weights = torch.randn(4, device=device)
+        assert_same(value[kept], function(fastnlp_ops, others))
+        weights = torch.randn(batch, device=device)
         whole = gradients(function, fastnlp_ops, problem, None, weights)
-        part = gradients(function, fastnlp_ops, others, None, weights[[0, 1, 3]])
-        assert_same(whole[0][[0, 1, 3]], part[0])
+        part = gradients(function, fastnlp_ops, others, None, weights[kept])
+        assert_same(whole[0][kept], part[0])
         for ours, expected in zip(whole[1:], part[1:], strict=True):
             torch.testing.assert_close(ours, expected, rtol=1e-6, atol=1e-6)  # summed in another order, if so
 

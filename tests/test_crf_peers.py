@@ -342,10 +342,10 @@ def test_crf_cuda_upstream_gradient(function, device):
     together = gradients(function, fastnlp_ops, problem, None, weights)
     parameters = [torch.zeros_like(gradient, dtype=torch.float64) for gradient in together[1:]]
     for b in range(4):
-        alone = problem.with_scores(problem.emissions[b : b + 1], *problem.scores[1:])
-        alone.tags = problem.tags[b : b + 1]
-        single = gradients(function, fastnlp_ops, alone, None, weights[b : b + 1])
-        assert_same(together[0][b : b + 1], single[0])
+        alone = problem.with_scores(problem.emissions[[b] * 4], *problem.scores[1:])
+        alone.tags = problem.tags[[b] * 4]
+        single = gradients(function, fastnlp_ops, alone, None, weights[b] * torch.tensor([1.0, 0, 0, 0], device=device))
+        assert_same(together[0][b], single[0][0])
         for total, gradient in zip(parameters, single[1:], strict=True):
             total += gradient.double()
     for gradient, total in zip(together[1:], parameters, strict=True):

@@ -12,11 +12,12 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
 import label_python  # noqa: E402  (the examples are scripts, found next to each other)
+import training  # noqa: E402
 from conll import detect_scheme, read_conll  # noqa: E402
-from python_corpus import HIDDEN, LABELS, MAX_TOKENS, label_source, standard_library  # noqa: E402
-from sentences import Sentence, Span, entities, entity_scores, token_accuracy  # noqa: E402
-from tagger import Tagger, batches, encode  # noqa: E402
-from training import LOSS_TOLERANCE, compare, largest_loss_difference  # noqa: E402
+from python_corpus import HIDDEN, KINDS, LABELS, MAX_TOKENS, label_source, standard_library  # noqa: E402
+from sentences import Sentence, Span, entities, joined, outside_in, scores_by_label, token_accuracy  # noqa: E402
+from tagger import Labels, Tagger, batches, encode  # noqa: E402
+from training import LOSS_TOLERANCE, compare, largest_loss_difference, same_spans  # noqa: E402
 
 SOURCE = '''"""Doc."""
 import os.path as p, sys
@@ -58,6 +59,12 @@ def test_labels_of_source():
 def test_spans_of_source():
     found = [text for sentence in label_source(SOURCE) for text in texts(sentence, sentence.spans)]
     assert set(SOME_SPANS_OF_SOURCE.split()) | set(ROLES_OF_SOURCE.split()) <= set(found)
+
+
+def test_bodies_of_source():
+    (sentence,) = label_source("class A:\n  @d\n  def f(a): return a\n")
+    bodies = [span for span in sentence.spans if span.label.endswith("body")]
+    assert texts(sentence, bodies) == ["class body:@d\ndeff(a):returna", "function body:returna"]
 
 
 def test_give_aways_are_hidden():
@@ -109,11 +116,21 @@ def test_scores():
     predicted = ["B-X", "I-X", "O", "B-X", "I-X"]
     gold_entities = entities(gold, labels, "BIO")
     assert gold_entities == [Span(0, 2, "X"), Span(3, 4, "Y"), Span(4, 5, "X")]
-    scores = entity_scores([gold_entities], [entities(predicted, labels, "BIO")])
+    scores = scores_by_label([gold_entities], [entities(predicted, labels, "BIO")])
     assert scores["all"] == (1 / 2, 1 / 3, 2 / 5, 3)
     assert scores["X"] == (1 / 2, 1 / 2, 1 / 2, 2)
     assert scores["Y"] == (0, 0, 0, 1)
     assert token_accuracy([gold], [predicted]) == 3 / 5
+
+
+def test_joined():
+    assert joined(["not", "self", ".", "x_1", "in", "(", "a", ",", '"b c"', ")", "\n"]) == 'not self.x_1 in(a,"b c")'
+
+
+def test_outside_in():
+    crossing_last = [(0, 9), (1, 4), (1, 2), (2, 4), (5, 9), (6, 7), (8, 12)]
+    depths = [0, 1, 2, 2, 1, 2, 0]
+    assert outside_in(reversed(crossing_last)) == list(zip(crossing_last, depths, strict=True))
 
 
 @pytest.mark.parametrize(
@@ -170,6 +187,7 @@ ILLEGAL = "the tags are of no known scheme: "
             "{train}:2: {illegal}a sentence that ends with I-X is illegal in BIOES, which fits best",
         ),
         (GOOD, "A O\nB I-X\n", "{test}:2: {illegal}I-X after O is illegal in BIO, which fits best"),
+        ("A O\n", "A O\n", "{train} has no entity to learn: every tag is O"),
     ],
 )
 def test_bad_training_files(tmp_path, capsys, train, test, sentence):
@@ -202,22 +220,39 @@ def test_bad_arguments(tmp_path, capsys):
         assert capsys.readouterr().err == f"label_python: {sentence}\n"
 
 
-def test_a_wrong_gradient_is_noticed():
+@pytest.mark.parametrize("spoilt", ["nothing", "crf.transitions", "spans.bias_dense.weight"])
+def test_a_wrong_gradient_is_noticed(spoilt):
     sentences = [sentence for file in standard_library(seed=0, max_files=4) for sentence in file]
-    labels = sorted({tag for sentence in sentences for tag in sentence.tags})
+    labels = Labels(LABELS, "BIO", KINDS)
 
-    def difference(spoil):
-        def make_tagger(plain_crf):
-            torch.manual_seed(0)
-            tagger = Tagger(labels, "BIO", plain_crf=plain_crf)
-            tagger.crf.transitions.requires_grad_(plain_crf or not spoil)
-            return tagger
+    def make_tagger(plain):
+        torch.manual_seed(0)
+        tagger = Tagger(labels, plain=plain)
+        if not plain and spoilt != "nothing":
+            tagger.get_parameter(spoilt).requires_grad_(False)
+        return tagger
 
-        first_batches = batches(encode(sentences, labels), batch_size=8, steps=6, seed=0)
-        return largest_loss_difference(*compare(make_tagger, 100, first_batches, on_step=lambda: None))
+    first_batches = batches(encode(sentences, labels), batch_size=8, steps=6, seed=0)
+    compiled, plain = compare(make_tagger, 100, first_batches, on_step=lambda: None)
+    if spoilt == "nothing":
+        assert largest_loss_difference(compiled, plain) < LOSS_TOLERANCE / 10
+        assert same_spans(compiled, plain) > 0.99
+        assert compiled.peak_bytes < plain.peak_bytes / 10
+    else:
+        assert largest_loss_difference(compiled, plain) > LOSS_TOLERANCE
 
-    assert difference(spoil=False) < LOSS_TOLERANCE / 10
-    assert difference(spoil=True) > LOSS_TOLERANCE
+
+def test_long_sentences_are_compared_few_at_a_time(monkeypatch):
+    def sentence(length):
+        return Sentence(["a"] * length, ["a"] * length, [1] * length, ["O"] * length, [Span(0, length, "x")])
+
+    labels = Labels(["O"], "BIO", ["x"])
+    (batch,) = batches(encode([sentence(20), sentence(10)], labels), batch_size=2, steps=1, seed=0)
+    for scores, sentences in ((10, 1), (799, 1), (800, 2)):
+        monkeypatch.setattr(training, "MOST_SCORES", scores)
+        compiled, plain = compare(lambda plain: Tagger(labels, plain=plain), 10, [batch], on_step=lambda: None)
+        assert len(compiled.paths[0]) == batch.mask[:sentences].sum()
+        assert largest_loss_difference(compiled, plain) < LOSS_TOLERANCE
 
 
 def test_python_run(tmp_path, capsys):
@@ -230,13 +265,13 @@ def test_python_run(tmp_path, capsys):
 
     trained = run("--quick", "--steps", "8")
     assert trained.returncode == 0, trained.stderr
-    for part in ("token accuracy", "callee", "CRF backward", "the two losses differ by at most"):
+    for part in ("token accuracy", "callee", "comprehension", "span backward", "the losses differ by at most"):
         assert part in trained.stdout
     assert (tmp_path / "label_python.png").read_bytes().startswith(b"\x89PNG")
 
     tagged = run("--predict", write(tmp_path / "a.py", SOURCE))
     assert tagged.returncode == 0, tagged.stderr
-    assert tagged.stdout.startswith("  line  role")
+    assert tagged.stdout.startswith("  line  role by CRF  spans by GlobalPointer")
 
     path = tmp_path / "bad.py"
     for content, problem in (("", " is empty"), ("x = (", " is not Python"), (b"\xff", " is not Python")):
@@ -254,12 +289,13 @@ def test_conll_run(tmp_path, capsys):
     output = ["--output", str(tmp_path)]
     assert label_python.main(["--train", str(train), "--test", str(test), "--steps", "30", *output]) == 0
     printed = capsys.readouterr().out
-    assert "3 tags, scheme BIO" in printed
+    assert "3 tags, scheme BIO, span types: PER" in printed
     assert "token accuracy 1.0000" in printed
 
     path = write(tmp_path / "a", "Kurt\nAda\nmet\nAlan\n\nEmmy\n")
     assert label_python.main(["--predict", str(path), *output]) == 0
-    assert capsys.readouterr().out.startswith("Kurt\tB-PER\nAda\tI-PER\nmet\tO\nAlan\tB-PER\n\nEmmy\t")
+    printed = capsys.readouterr().out
+    assert printed.startswith("Kurt\tB-PER\tPER:2\nAda\tI-PER\t_\nmet\tO\t_\nAlan\tB-PER\tPER:1\n\nEmmy\t")
 
 
 def test_unequal_losses_fail(tmp_path, capsys, monkeypatch):

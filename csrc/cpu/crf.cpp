@@ -12,6 +12,8 @@
 //     gamma_{k-1}(i) = sum_j gamma_k(j) P(i | j),     xi_ij = gamma_k(j) P(i | j) = the gradient of T at this edge
 // Everything is a probability, so nothing overflows where alpha and beta disagree (products of the two give NaN there).
 #include "crf_decode.h"
+#include "crf_lanes.h"
+#include "crf_lanes_viterbi.h"
 #include "crf_side.h"
 
 namespace fastnlp {
@@ -39,36 +41,6 @@ double join(Side<C, BLOCK>& left, Side<C, BLOCK>& right, int64_t length, int64_t
   return left.offset + std::log(static_cast<double>(sum_of(sum)));
 }
 
-// Score of the given tags in float64; sets *bad to the first k with a tag out of range.
-template <class C, int BLOCK>
-double gold_score(const Side<C, BLOCK>& side, int64_t* bad) {
-  const CrfProblem& p = side.work.problem;
-  const CrfSequence& s = side.sequence;
-  double score = 0;
-  int64_t previous = 0;
-  for (int64_t k = 0; k < s.length; ++k) {
-    const int64_t tag = side.work.tags[side.row(k)];
-    if (tag < 0 || tag >= p.tags) {
-      *bad = k;
-      return 0;
-    }
-    const int64_t step = p.cu_seqlens ? side.row(k) : s.position(k);
-    score += load_emission<C>(p, s.index * p.emissions_batch_stride + step * p.emissions_step_stride + tag);
-    if (k > 0) {
-      const int64_t edge = p.transitions_per_position
-                               ? s.index * p.transitions_batch_stride + (s.position(k) - 1) * p.transitions_step_stride
-                               : 0;
-      score += static_cast<const C*>(
-          p.transitions)[edge + previous * p.transitions_from_stride + tag * p.transitions_to_stride];
-    } else if (p.start) {
-      score += static_cast<const C*>(p.start)[tag];
-    }
-    previous = tag;
-  }
-  if (p.end && s.length > 0) score += static_cast<const C*>(p.end)[previous];
-  return score;
-}
-
 template <class C, int BLOCK>
 int64_t filter(const CrfWork& work, const CrfSequence& sequence, void* scratch) {
   const int64_t length = sequence.length;
@@ -81,7 +53,7 @@ int64_t filter(const CrfWork& work, const CrfSequence& sequence, void* scratch) 
   double gold = 0;
   if (work.tags) {
     int64_t bad = -1;
-    gold = gold_score(left, &bad);
+    gold = gold_score<C>(work, sequence, &bad);
     if (bad >= 0) return bad;
   }
   left.filter_first(0);
@@ -165,9 +137,10 @@ void smooth(const CrfWork& work, const CrfSequence& sequence, void* scratch, con
     left.flush(0, sign, sums);
     right.flush(0, sign, sums);
   }
-  if (work.tags && work.transition_grad)
-    for (int64_t k = 1; k < length; ++k)
-      if (tag_at(k - 1) >= 0 && tag_at(k) >= 0) left.add_transition(k - 1, tag_at(k - 1), tag_at(k), grad, sums);
+  if (!work.tags || !work.transition_grad) return;
+  if (!p.transitions_per_position) return add_gold_transitions(work, sequence, grad, sums);
+  for (int64_t k = 1; k < length; ++k)
+    if (tag_at(k - 1) >= 0 && tag_at(k) >= 0) left.add_transition(k - 1, tag_at(k - 1), tag_at(k), grad, sums);
 }
 
 template <class C, int BLOCK>
@@ -185,6 +158,8 @@ CrfKernels table() {
   kernels.chain_scratch = [](const CrfProblem& p) -> size_t { return 2 * Side<C, BLOCK>::elements(p) * sizeof(C); };
   kernels.filter = filter<C, BLOCK>;
   kernels.smooth = smooth<C, BLOCK>;
+  if constexpr (sizeof(C) == sizeof(float)) lanes_kernels<BLOCK>(kernels);
+  if constexpr (sizeof(C) == sizeof(float) && (BLOCK == 1 || BLOCK == 2)) lanes_viterbi_kernels<BLOCK>(kernels);
   return kernels;
 }
 

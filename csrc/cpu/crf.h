@@ -41,6 +41,8 @@ struct CrfWork {
   int64_t rows = 0;
 };
 
+constexpr int kSequenceLanes = 8;
+
 // Float64 sums over the sequences of one group, added up in the order of the groups: [N, N], [N], [N].
 struct CrfSums {
   double* transitions;
@@ -58,6 +60,14 @@ struct CrfKernels {
 
   int64_t (*filter)(const CrfWork&, const CrfSequence&, void* scratch);  // the first k with a tag out of range, or -1
   void (*smooth)(const CrfWork&, const CrfSequence&, void* scratch, const CrfSums&);
+  // The same for up to eight sequences at once, longest first, in lanes_scratch bytes. What is set in the answer are
+  // the sequences that need the kernels above instead; nothing is added to the sums for them. Null where there is no
+  // such kernel for the problem.
+  unsigned (*filter_lanes)(const CrfWork&, const CrfSequence*, int64_t count, void* scratch);
+  unsigned (*smooth_lanes)(const CrfWork&, const CrfSequence*, int64_t count, void* scratch, const CrfSums&);
+  unsigned (*viterbi_lanes)(const CrfWork&, const CrfSequence*, int64_t count, void* scratch);
+  size_t (*lanes_scratch)(const CrfProblem&);
+  size_t (*viterbi_lanes_scratch)(const CrfWork&, int64_t longest);
   // One sequence, or two of which the first is the longer; twice the scratch of a path.
   void (*viterbi)(const CrfWork&, const CrfSequence*, int64_t count, void* scratch);
   void (*viterbi_n_best)(const CrfWork&, const CrfSequence&, void* scratch);

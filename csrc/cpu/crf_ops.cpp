@@ -77,6 +77,7 @@ struct Run {
   CrfWork work;
   CrfKernels kernels;
   std::unique_ptr<Scratch> matrices;
+  int64_t together;  // sequences that share a call of a kernel; the shape decides, like every order of additions
 
   Run(const Tensor& emissions, const Tensor& transitions, const OptionalTensor& start, const OptionalTensor& end,
       const OptionalTensor& mask, const OptionalTensor& cu_seqlens)
@@ -86,6 +87,21 @@ struct Run {
     matrices = std::make_unique<Scratch>(kernels.matrices_size(call.problem));
     work.matrices = matrices->get();
     if (plan.total > 0) kernels.prepare(work);
+    const CrfProblem& p = work.problem;
+    const bool worthwhile = p.batch >= 4 && plan.longest <= 4096 && (p.tags <= 32 || p.batch >= 128);
+    together = worthwhile && kernels.filter_lanes && !p.transitions_per_position ? kSequenceLanes : 1;
+  }
+
+  int64_t items() const { return (call.problem.batch + together - 1) / together; }
+  // The sequences of one item: eight at a time, and one by one those that a lane cannot hold.
+  template <class Lanes, class Alone>
+  void each_of(int64_t item, const Lanes& lanes, const Alone& alone) const {
+    const int64_t first = item * together;
+    const CrfSequence* const s = &plan.sequences[first];
+    const int64_t count = std::min(together, call.problem.batch - first);
+    const unsigned left = together > 1 ? lanes(s, count) : 1u;
+    for (int64_t l = 0; l < count; ++l)
+      if (left >> l & 1) alone(s[l]);
   }
 
   // A thread is worth waking for about 20 microseconds of work: 2^17 multiply-adds, counting a tag as 8.
@@ -103,6 +119,11 @@ struct Run {
     });
   }
 
+  size_t chain_scratch() const {
+    const size_t one = kernels.chain_scratch(call.problem);
+    return together > 1 ? std::max(one, kernels.lanes_scratch(call.problem)) : one;
+  }
+
   std::tuple<Tensor, Tensor> forward(const Tensor* tags, bool save_messages) {
     Tensor value = call.per_sequence();
     Tensor messages = new_tensor(call.emissions, {save_messages ? call.rows : 0, call.problem.tags}, call.compute);
@@ -110,9 +131,12 @@ struct Run {
     work.messages = save_messages ? messages.mutable_data_ptr() : nullptr;
     work.value = value.mutable_data_ptr();
     std::vector<int64_t> bad(call.problem.batch, -1);
-    parallel(call.problem.batch, [&](int64_t begin, int64_t end) {
-      const Scratch scratch(kernels.chain_scratch(call.problem));
-      for (int64_t r = begin; r < end; ++r) bad[r] = kernels.filter(work, plan.sequences[r], scratch.get());
+    parallel(items(), [&](int64_t begin, int64_t end) {
+      const Scratch scratch(chain_scratch());
+      for (int64_t item = begin; item < end; ++item)
+        each_of(
+            item, [&](const CrfSequence* s, int64_t n) { return kernels.filter_lanes(work, s, n, scratch.get()); },
+            [&](const CrfSequence& s) { bad[&s - plan.sequences.data()] = kernels.filter(work, s, scratch.get()); });
     });
     for (int64_t r = 0; r < call.problem.batch; ++r) {
       if (bad[r] < 0) continue;
@@ -147,14 +171,18 @@ struct Run {
     // it every bit of the result, is the same for every number of threads. At most 64 groups and 32 MiB of sums.
     const int64_t cells = transition_grad && !per_position ? n * n : 0;
     const int64_t width = cells + 2 * n;
-    const int64_t groups = std::min({batch, int64_t{64}, std::max<int64_t>(4, (int64_t{1} << 22) / width)});
+    const int64_t groups = std::min({items(), int64_t{64}, std::max<int64_t>(4, (int64_t{1} << 22) / width)});
     std::vector<double> sums(static_cast<size_t>(groups * width), 0.0);
     parallel(groups, [&](int64_t begin, int64_t end) {
-      const Scratch scratch(kernels.chain_scratch(call.problem));
+      const Scratch scratch(chain_scratch());
       for (int64_t g = begin; g < end; ++g) {
         double* own = sums.data() + g * width;
         const CrfSums to = {own, own + cells, own + cells + n};
-        for (int64_t r = g; r < batch; r += groups) kernels.smooth(work, plan.sequences[r], scratch.get(), to);
+        for (int64_t item = g; item < items(); item += groups)
+          each_of(
+              item,
+              [&](const CrfSequence* s, int64_t n) { return kernels.smooth_lanes(work, s, n, scratch.get(), to); },
+              [&](const CrfSequence& s) { kernels.smooth(work, s, scratch.get(), to); });
       }
     });
     for (int64_t g = 1; g < groups; ++g)
@@ -211,13 +239,25 @@ std::tuple<Tensor, Tensor> crf_viterbi(const Tensor& emissions, const Tensor& tr
   Tensor scores = run.call.per_sequence();
   run.work.paths = paths.mutable_data_ptr<int64_t>();
   run.work.scores = scores.mutable_data_ptr();
+  const bool lanes = run.together > 1 && run.kernels.viterbi_lanes;
+  const size_t bytes = std::max(2 * run.kernels.path_scratch(run.work, run.plan.longest),
+                                lanes ? run.kernels.viterbi_lanes_scratch(run.work, run.plan.longest) : 0);
   // Pairs hide each other's latency; few sequences had better be shared out among the threads.
   const int64_t batch = run.call.problem.batch;
-  const int64_t together = batch >= 4 ? 2 : 1;
-  run.parallel((batch + together - 1) / together, [&](int64_t begin, int64_t end) {
-    const Scratch scratch(2 * run.kernels.path_scratch(run.work, run.plan.longest));
-    for (int64_t r = begin * together; r < std::min(batch, end * together); r += together)
-      run.kernels.viterbi(run.work, &run.plan.sequences[r], std::min(together, batch - r), scratch.get());
+  const int64_t pair = batch >= 4 ? 2 : 1;
+  run.parallel(lanes ? run.items() : (batch + pair - 1) / pair, [&](int64_t begin, int64_t end) {
+    const Scratch scratch(bytes);
+    const auto alone = [&](const CrfSequence* s, int64_t n) { run.kernels.viterbi(run.work, s, n, scratch.get()); };
+    for (int64_t item = begin; item < end; ++item) {
+      if (!lanes) {
+        alone(&run.plan.sequences[item * pair], std::min(pair, batch - item * pair));
+        continue;
+      }
+      run.each_of(
+          item,
+          [&](const CrfSequence* s, int64_t n) { return run.kernels.viterbi_lanes(run.work, s, n, scratch.get()); },
+          [&](const CrfSequence& s) { alone(&s, 1); });
+    }
   });
   return {paths, scores};
 }

@@ -30,7 +30,8 @@ using Vec = typename Simd<C>::V;
 template <class C>
 using Mask = typename Simd<C>::I;
 
-#define FASTNLP_INLINE static inline __attribute__((always_inline))
+#define FASTNLP_MEMBER inline __attribute__((always_inline))
+#define FASTNLP_INLINE static FASTNLP_MEMBER
 
 template <class C>
 FASTNLP_INLINE Vec<C> load(const C* from) {
@@ -51,6 +52,11 @@ FASTNLP_INLINE Vec<C> splat(C x) {
 template <class V>
 FASTNLP_INLINE V maximum(V a, V b) {
   return a > b ? a : b;
+}
+// A NaN in a is passed over, a NaN in b is kept.
+template <class V>
+FASTNLP_INLINE V minimum(V a, V b) {
+  return a < b ? a : b;
 }
 FASTNLP_INLINE bool any(Simd<float>::I mask) {
 #ifdef __AVX2__
@@ -97,8 +103,8 @@ FASTNLP_INLINE float sum_of(Simd<float>::V v) {
 }
 FASTNLP_INLINE double sum_of(Simd<double>::V v) { return (v[0] + v[2]) + (v[1] + v[3]); }
 
-// exp for x <= 88: 0 below -87.3, NaN stays NaN. Degree 6 on |r| <= ln(2)/2; at most 1 ulp against float64
-// (tests/test_simd.py walks all floats of the range).
+// exp for x <= 88: 0 below -87.3, NaN stays NaN. Degree 6 on |r| <= ln(2)/2; at most 1.01 ulp against float64, which
+// tests/test_simd.py walks through.
 FASTNLP_INLINE Simd<float>::V exponential(Simd<float>::V x) {
   using V = Simd<float>::V;
   using I = Simd<float>::I;

@@ -17,6 +17,7 @@ from fastnlp_ops.reference.global_pointer import (
     global_pointer_loss,
     global_pointer_scores,
 )
+from fastnlp_ops.reference.gplinker import gplinker_decode
 from fastnlp_ops.reference.memm import memm_log_likelihood, memm_viterbi
 from fastnlp_ops.reference.multilabel import (
     multilabel_categorical_crossentropy,
@@ -37,6 +38,7 @@ __all__ = [
     "global_pointer_divergence",
     "global_pointer_loss",
     "global_pointer_scores",
+    "gplinker_decode",
     "memm_log_likelihood",
     "memm_viterbi",
     "multilabel_categorical_crossentropy",

@@ -1,0 +1,58 @@
+"""The network below every head: hashed word features, convolutions for the neighbours, an LSTM for what is further."""
+
+from __future__ import annotations
+
+import re
+import zlib
+from functools import cache
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence, pad_sequence
+
+BUCKETS = 1 << 14
+WIDTH = 96
+LAYERS = 3
+
+
+@cache
+def features(word: str) -> list[int]:
+    """Hashed features of a word: itself, its affixes and its shape (`HTTPServer2` has the shape `XxX0x`)."""
+    shape = re.sub(r"(.)\1+", r"\1", re.sub(r"\d", "0", re.sub("[a-z]", "x", re.sub("[A-Z]", "X", word))))
+    lower = word.lower()
+    texts = [f"word={word}", f"lower={lower}", f"shape={shape}", f"first={lower[:3]}", f"last={lower[-3:]}"]
+    # crc32, because Python salts hash() anew in every process.
+    return [zlib.crc32(text.encode()) % BUCKETS for text in texts]
+
+
+def encode_words(words: list[str]) -> Tensor:
+    return torch.tensor([features(word) for word in words])  # [T, F]
+
+
+def pad(rows: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Features of several texts as one [B, T, F], and the mask [B, T] of their words."""
+    lengths = torch.tensor([len(row) for row in rows])
+    padded = pad_sequence(rows, batch_first=True)
+    return padded, torch.arange(padded.shape[1]) < lengths[:, None]
+
+
+class Encoder(nn.Module):
+    """Word features to hidden states [B, T, WIDTH]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(BUCKETS, WIDTH)
+        nn.init.normal_(self.embedding.weight, std=0.1)  # small: an unseen word is to say little
+        self.layers = nn.ModuleList(nn.Conv1d(WIDTH, WIDTH, 5, padding="same") for _ in range(LAYERS))
+        self.norms = nn.ModuleList(nn.LayerNorm(WIDTH) for _ in range(LAYERS))
+        self.recurrent = nn.LSTM(WIDTH, WIDTH // 2, bidirectional=True, batch_first=True)
+
+    def forward(self, features: Tensor, mask: Tensor) -> Tensor:
+        on = mask[..., None]
+        hidden = self.embedding(features).sum(2)  # [B, T, WIDTH]
+        for layer, norm in zip(self.layers, self.norms, strict=True):
+            # Padding goes in as zeros, so that a text gets the same labels in every batch.
+            hidden = hidden + layer((norm(hidden) * on).transpose(1, 2)).transpose(1, 2).relu()
+        packed = pack_padded_sequence(hidden, mask.sum(1), batch_first=True, enforce_sorted=False)
+        recurrent, _ = pad_packed_sequence(self.recurrent(packed)[0], batch_first=True, total_length=mask.shape[1])
+        return hidden + recurrent

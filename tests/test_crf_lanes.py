@@ -1,0 +1,93 @@
+"""Eight sequences at a time (csrc/cpu/crf_lanes.h): groups and parts of one, sequences that end early, and those that a
+lane cannot hold. On a GPU the same cases run through its kernels."""
+
+import pytest
+import torch
+from crf_problems import check_backward, check_forward, gradients, log_likelihood, log_partition, make_problem
+from tools import assert_same
+
+import fastnlp_ops
+
+CASES = {
+    "half a group": {"B": 4, "T": 17, "N": 9},
+    "ragged": {"B": 33, "T": 23, "N": 3, "mask": "prefix"},
+    "holes": {"B": 12, "T": 40, "N": 18, "mask": "holes"},
+    "left": {"B": 9, "T": 26, "N": 12, "mask": "left"},
+    "packed": {"B": 9, "T": 31, "N": 32, "mask": "prefix", "packed": True},
+    "bf16": {"B": 16, "T": 12, "N": 5, "dtype": torch.bfloat16},
+    "f16": {"B": 10, "T": 12, "N": 11, "dtype": torch.float16, "mask": "prefix"},
+    "many tags": {"B": 130, "T": 6, "N": 40},
+    "two steps": {"B": 7, "T": 2, "N": 2},
+    "banned bounds": {"B": 11, "T": 19, "N": 7, "mask": "prefix"},
+    "blocks": {"B": 8, "T": 131, "N": 4},
+}
+
+
+def problem_of(case, device):
+    problem = make_problem(device=device, **CASES[case])
+    if case == "banned bounds":
+        problem.start[2:4] = -torch.inf
+        problem.end[5] = -torch.inf
+    return problem
+
+
+@pytest.mark.parametrize("function", [log_partition, log_likelihood], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("case", CASES)
+def test_groups(function, case, device):
+    problem = problem_of(case, device)
+    check_forward(function, problem)
+    check_backward(function, problem)
+
+
+# What a lane cannot hold, at one step of one sequence, or everywhere in it.
+STRANGE = {
+    "nan": lambda e: e[5].fill_(torch.nan),
+    "infinite": lambda e: e[5, 2].fill_(torch.inf),
+    "forbidden": lambda e: e[5].fill_(-torch.inf),
+    "one tag possible": lambda e: e[5, 1:].fill_(-torch.inf),
+    "far apart": lambda e: e.mul_(200),
+}
+
+
+@pytest.mark.parametrize("strange", STRANGE)
+@pytest.mark.parametrize("function", [log_partition, log_likelihood], ids=lambda f: f.__name__)
+def test_neighbours_do_not_notice(function, strange, device):
+    problem = make_problem(B=12, T=14, N=6, device=device)
+    clean = function(fastnlp_ops, problem)
+    weights = torch.randn(12, device=device)
+    clean_gradients = gradients(function, fastnlp_ops, problem, None, weights)
+    STRANGE[strange](problem.emissions[4])
+    others = [b for b in range(12) if b != 4]
+    value = function(fastnlp_ops, problem)
+    assert_same(value[others], clean[others])
+    assert value[4].item() != clean[4].item()
+    assert_same(gradients(function, fastnlp_ops, problem, None, weights)[0][others], clean_gradients[0][others])
+    if strange not in ("nan", "infinite"):
+        check_forward(function, problem)
+        check_backward(function, problem)
+
+
+@pytest.mark.parametrize("mask", [None, "prefix", "holes"])
+@pytest.mark.parametrize("N", [1, 2, 3, 9, 16])
+def test_viterbi_is_that_of_one_sequence(N, mask, device):
+    """To the bit, ties included: scores are multiples of 1/2."""
+    problem = make_problem(B=11, T=15, N=N, device=device, mask=mask)
+    problem = problem.with_scores(*(score.nan_to_num(0).mul(2).round().div(2) for score in problem.scores))
+    paths, scores = fastnlp_ops.crf_viterbi(*problem.scores, mask=problem.mask)
+    for b in range(11):
+        emissions, _, transitions, positions = problem.single(b)
+        path, score = fastnlp_ops.crf_viterbi(emissions[None], transitions, problem.start, problem.end)
+        assert_same(paths[b, positions], path[0])
+        assert_same(scores[b], score[0])
+
+
+def test_viterbi_neighbours_of_nan(device):
+    problem = make_problem(B=12, T=14, N=6, device=device)
+    paths, scores = fastnlp_ops.crf_viterbi(*problem.scores)
+    problem.emissions[4, 5, 1:] = torch.nan
+    again, again_scores = fastnlp_ops.crf_viterbi(*problem.scores)
+    others = [b for b in range(12) if b != 4]
+    assert_same(again[others], paths[others])
+    assert_same(again_scores[others], scores[others])
+    alone, _ = fastnlp_ops.crf_viterbi(problem.emissions[4:5], *problem.scores[1:])
+    assert_same(again[4], alone[0])
