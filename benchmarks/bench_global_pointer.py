@@ -7,7 +7,7 @@ form that it takes, made before the clock starts: index pairs [B, H, P, 2] for o
 bert4torch's sparse loss, int64 [B, H, n, n] for its dense loss as its examples make them, bool [B, H, n, n] for the
 compiled head. Converting index pairs to what the kernel wants is ours to do, inside the timing.
 
-Losses are means over sequences and heads. Decoding ends with arrays or tensors of (b, h, start, end), of a head that
+Losses are means over sequences and heads. Decoding ends with (b, h, start, end) on the host, of a head that
 finds few spans, as a trained one does, or a quarter of all; bert4torch's examples take `np.where` of the scores.
 """
 
@@ -90,8 +90,12 @@ def provider(functions: Any) -> Callable[[Case, Inputs], Work]:
 
     def make(case: Case, inputs: Inputs) -> Work:
         if case.op == "global_pointer_decode":
-            call = partial(functions.global_pointer_decode, *inputs.decodable(case.pass_name), mask=inputs.mask)
-            return Work(torch.no_grad()(call), lambda found: span_errors(inputs, case.pass_name, found[0]))
+            decode = partial(functions.global_pointer_decode, *inputs.decodable(case.pass_name), mask=inputs.mask)
+
+            def spans() -> Tensor:
+                return decode()[0].cpu()
+
+            return Work(torch.no_grad()(spans), partial(span_errors, inputs, case.pass_name))
 
         def loss() -> Tensor:
             (q, k), options = arguments(inputs, case.pass_name)

@@ -230,7 +230,7 @@ def test_global_pointer_spans_are_judged():
     case = Case("global_pointer_decode", bench.QUARTER, (2, 20, 2, 8), ())
     inputs = bench.make_inputs(case.shape, "float32", "cpu")
     truth = bench.truth(case, inputs)
-    spans, _ = bench.PROVIDERS["reference"](case, inputs).run()
+    spans = bench.PROVIDERS["reference"](case, inputs).run()
     below = torch.tensor([[0, 0, 5, 2]])  # ends before it starts: its score is -inf
     for wrong in (spans[1:], spans.flip(0), torch.cat([spans[:1], spans]), torch.cat([below, spans])):
         assert "is off by" in harness.gate(bench.span_errors(inputs, bench.QUARTER, wrong), truth)
