@@ -23,35 +23,34 @@ struct GlobalPointerCall {
   const Tensor& q;
   bool biased;  // empty biases have no data, and are there
 
-  GlobalPointerCall(const Tensor& q, const Tensor& k, const SpanOptions& options)
+  // `run`: "", or the number of the run of a divergence, as it stands behind the names of its tensors.
+  GlobalPointerCall(const Tensor& q, const Tensor& k, const SpanOptions& options, const std::string& run = "")
       : q(q), biased(options.start_bias.has_value()) {
     GlobalPointerProblem& p = problem;
-    check(q.dim() == 4, "q must be [B, n, H, d], got ", shape_of(q));
-    p.dtype = dtype_of(q, "q");
+    const std::string q_name = "q" + run;
+    check(q.dim() == 4, q_name, " must be [B, n, H, d], got ", shape_of(q));
+    p.dtype = dtype_of(q, q_name.c_str());
     compute = p.dtype == DType::f64 ? ScalarType::Double : ScalarType::Float;
     p.batch = q.size(0);
     p.length = q.size(1);
     p.dot_heads = q.size(2);
     p.size = q.size(3);
-    check(p.dot_heads >= 1 && p.size >= 1, "q must have at least one head of at least one number, got ", shape_of(q));
-    check(p.length <= INT32_MAX, "q must have fewer than 2^31 tokens, got ", shape_of(q));
-    p.q = operand(q, "q");
-    bool same_shape = k.dim() == 4;
-    for (int64_t d = 0; d < 4; ++d) same_shape = same_shape && k.size(d) == q.size(d);
-    check(same_shape, "k must have the shape of q, ", shape_of(q), ", got ", shape_of(k));
-    p.k = operand(k, "k");
+    check(p.dot_heads >= 1 && p.size >= 1, q_name, " must have at least one head and one channel, got ", shape_of(q));
+    check(p.length <= INT32_MAX, q_name, " must have fewer than 2^31 tokens, got ", shape_of(q));
+    p.rope = options.rope;
+    check(!p.rope || p.size % 2 == 0, q_name, " must have an even head size where rope is on, got ", shape_of(q));
+    p.q = operand(q, q_name);
+    p.k = operand(k, "k" + run);
 
-    check(options.start_bias.has_value() == options.end_bias.has_value(),
-          "start_bias and end_bias must be given together");
+    const std::string start_name = "start_bias" + run, end_name = "end_bias" + run;
+    check(options.start_bias.has_value() == options.end_bias.has_value(), start_name, " and ", end_name,
+          " must be given together");
     p.heads = p.dot_heads;
-    if (options.start_bias) {
+    if (biased) {
       const Tensor& start = *options.start_bias;
-      check(start.dim() == 3, "start_bias must be [B, n, H], got ", shape_of(start));
-      p.heads = start.size(2);
-      check(p.heads >= 1 && (p.dot_heads == 1 || p.heads == p.dot_heads),
-            "start_bias must have the heads of q, or any number of them where q has one, got ", shape_of(start));
-      p.start_bias = bias(start, "start_bias");
-      p.end_bias = bias(*options.end_bias, "end_bias");
+      if (p.heads == 1 && start.dim() == 3 && start.size(2) > 0) p.heads = start.size(2);
+      p.start_bias = bias(start, start_name);
+      p.end_bias = bias(*options.end_bias, end_name);
     }
 
     p.mask = nullptr;
@@ -64,8 +63,6 @@ struct GlobalPointerCall {
       check_dense(*options.position_ids, "position_ids", {p.batch, p.length}, ScalarType::Long, q);
       p.position_ids = options.position_ids->const_data_ptr<int64_t>();
     }
-    p.rope = options.rope;
-    check(!p.rope || p.size % 2 == 0, "q must have an even head size where rope is on, got ", shape_of(q));
     p.tril_mask = options.tril_mask;
     p.max_span_length = options.max_span_length;
     check(p.max_span_length >= 1 || p.max_span_length == -1, "max_span_length must be at least 1, got ",
@@ -73,23 +70,26 @@ struct GlobalPointerCall {
     p.scale = options.scale;
   }
 
-  SpanTensor operand(const Tensor& tensor, const char* name) const {
-    same_kind(tensor, name);
+  SpanTensor operand(const Tensor& tensor, const std::string& name) const {
+    check_like(tensor, name, "[B, n, H, d]", {problem.batch, problem.length, problem.dot_heads, problem.size});
     const bool adjacent = tensor.size(3) == 1 || tensor.stride(3) == 1 || tensor.numel() == 0;
-    check(adjacent, name, " must have adjacent numbers (stride 1)");
+    check(adjacent, name, " must have adjacent channels (stride 1)");
     return {tensor.const_data_ptr(), tensor.stride(0), tensor.stride(1), tensor.stride(2)};
   }
-
-  SpanTensor bias(const Tensor& tensor, const char* name) const {
-    same_kind(tensor, name);
-    const bool shaped = tensor.dim() == 3 && tensor.size(0) == problem.batch && tensor.size(1) == problem.length &&
-                        tensor.size(2) == problem.heads;
-    check(shaped, name, " must have shape (", problem.batch, ", ", problem.length, ", ", problem.heads, "), got ",
-          shape_of(tensor));
+  SpanTensor bias(const Tensor& tensor, const std::string& name) const {
+    check_like(tensor, name, "[B, n, H]", {problem.batch, problem.length, problem.heads});
     return {tensor.const_data_ptr(), tensor.stride(0), tensor.stride(1), tensor.stride(2)};
   }
-
-  void same_kind(const Tensor& tensor, const char* name) const {
+  void check_like(const Tensor& tensor, const std::string& name, const char* axes,
+                  std::initializer_list<int64_t> shape) const {
+    bool same = tensor.dim() == static_cast<int64_t>(shape.size());
+    std::ostringstream wanted;
+    int64_t d = 0;
+    for (int64_t size : shape) {
+      same = same && tensor.size(d) == size;
+      wanted << (d++ ? ", " : "(") << size;
+    }
+    check(same, name, " must be ", axes, " = ", wanted.str(), "), got ", shape_of(tensor));
     check(tensor.scalar_type() == q.scalar_type(), name, " must be ", torch::headeronly::toString(q.scalar_type()),
           " like q, got ", torch::headeronly::toString(tensor.scalar_type()));
     check(tensor.device() == q.device(), name, " must be on the device of q");

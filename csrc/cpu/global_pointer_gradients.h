@@ -51,7 +51,7 @@ struct Gradients {
         part(part),
         heads(packed.biases ? packed.p.heads_per_dot() : 0),
         columns0(part.column0 * kSpanColumns),
-        columns(std::min(part.column1 * kSpanColumns, packed.padded) - columns0),
+        columns(part.ends ? std::min(part.column1 * kSpanColumns, packed.padded) - columns0 : 0),
         dq(arena.take<C>(kSpanRows * packed.width)),
         dstart(arena.take<C>(heads * kSpanRows)),
         dk(arena.take<C>(columns * packed.width)),

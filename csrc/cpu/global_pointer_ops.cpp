@@ -48,8 +48,8 @@ struct Run {
   int64_t cell_count = 0;
   std::vector<SpanSums> sums;  // [B, H], of forward passes
 
-  Run(const Tensor& q, const Tensor& k, const SpanOptions& options)
-      : call(q, k, options), plan(call.problem), kernels(kernels_for(call.problem)) {
+  Run(const Tensor& q, const Tensor& k, const SpanOptions& options, const char* run = "")
+      : call(q, k, options, run), plan(call.problem), kernels(kernels_for(call.problem)) {
     works[0].problem = call.problem;
     if (!call.problem.rope) return;
     rotations = std::make_unique<SpanRotations>(call.problem);
@@ -122,7 +122,7 @@ struct Run {
       });
       std::vector<SpanSums> blocks(gradients ? 0 : rows * heads);
       in_parallel(rows, alone, [&](Queue& queue) {
-        const SpanMemory scratch(op.scratch_size(p, columns));
+        const SpanMemory scratch(op.scratch_size(p, 0));
         for (int64_t r; queue.take(&r);)
           op.run(held.items, SpanPart{r, r + 1, 0, columns, true, false}, scratch.get(),
                  gradients ? nullptr : &blocks[r * heads]);
@@ -215,14 +215,14 @@ struct Divergence : Run {
 
   Divergence(const Tensor& q1, const Tensor& k1, const OptionalTensor& start_bias1, const OptionalTensor& end_bias1,
              const Tensor& q2, const Tensor& k2, const SpanOptions& options)
-      : Run(q1, k1, with_biases(options, start_bias1, end_bias1)), second(q2, k2, options) {
+      : Run(q1, k1, with_biases(options, start_bias1, end_bias1), "1"), second(q2, k2, options, "2") {
     const GlobalPointerProblem &one = call.problem, &two = second.problem;
-    check(q2.scalar_type() == q1.scalar_type(), "q2 must be ", torch::headeronly::toString(q1.scalar_type()),
-          " like q1, got ", torch::headeronly::toString(q2.scalar_type()));
     check(one.batch == two.batch && one.length == two.length && one.dot_heads == two.dot_heads && one.size == two.size,
           "q2 must have the shape of q1, ", shape_of(q1), ", got ", shape_of(q2));
-    check(one.heads == two.heads && (one.start_bias.data != nullptr) == (two.start_bias.data != nullptr),
-          "start_bias must be given for both runs, with the same heads");
+    check(one.dtype == two.dtype, "q2 must be ", torch::headeronly::toString(q1.scalar_type()), " like q1, got ",
+          torch::headeronly::toString(q2.scalar_type()));
+    check(one.heads == two.heads && call.biased == second.biased,
+          "start_bias1 and start_bias2 must have the same shape, or both be None");
     works[1] = works[0];
     works[1].problem = two;
     runs = 2;

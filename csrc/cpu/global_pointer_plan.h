@@ -61,7 +61,7 @@ struct SpanPlan {
       token[b * n + i] = on ? static_cast<int32_t>(count) : -1;
       if (on) at[count++] = static_cast<int32_t>(i);
     }
-    const int64_t reach = p.max_span_length > 0 ? p.max_span_length : n;
+    const int64_t reach = p.max_span_length > 0 ? std::min(p.max_span_length, n) : n;
     int64_t from = 0, to = 0;
     for (int64_t t = 0; t < count; ++t) {
       while (at[from] <= at[t] - reach) ++from;

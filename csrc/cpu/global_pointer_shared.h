@@ -212,7 +212,7 @@ static inline TileMarks of_head(TileMarks marks, int64_t head) {
 // Bit l is set where head h + l has more than a few marks.
 static inline uint32_t with_many_marks(const TileMarks& marks, int64_t h) {
   uint32_t many = 0;
-  for (const SpanMark* mark = marks.from; mark + kFewMarks < marks.to; ++mark)
+  for (const SpanMark* mark = marks.from; marks.to - mark > kFewMarks; ++mark)
     if (mark[kFewMarks].head == mark->head) many |= uint32_t{1} << (mark->head - h);
   return many;
 }
