@@ -10,7 +10,7 @@ _torch.ops.load_library(_folder / "libfastnlp_cpu.so")
 if _torch.version.cuda is not None and (_folder / "libfastnlp_cuda.so").exists():
     _torch.ops.load_library(_folder / "libfastnlp_cuda.so")
 
-from fastnlp_ops import reference  # noqa: E402  (what follows needs the ops)
+from fastnlp_ops import _triton, reference  # noqa: E402, F401  (what follows needs the ops)
 from fastnlp_ops._ops import crf as _crf  # noqa: E402, F401
 from fastnlp_ops._ops import global_pointer as _global_pointer  # noqa: E402, F401
 from fastnlp_ops._ops import memm as _memm  # noqa: E402, F401

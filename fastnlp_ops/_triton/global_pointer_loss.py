@@ -1,0 +1,158 @@
+"""GlobalPointer's loss and its gradients from q and k: tiles of scores, never a tensor of n x n."""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastnlp_ops._triton.global_pointer_gradients import gradients, no_gradients
+from fastnlp_ops._triton.global_pointer_labels import label_range, label_ranges, listed_cells
+from fastnlp_ops._triton.global_pointer_spans import Call, check_tensor, guard
+from fastnlp_ops._triton.global_pointer_tiles import (
+    SIZES,
+    counts,
+    dot_products,
+    load_block,
+    place,
+    place_of_tile,
+    tokens,
+    valid_cells,
+    with_biases,
+)
+from fastnlp_ops._triton.log_sum_exp import log_sum_exp, tile_log_sum_exp
+
+
+@triton.jit(do_not_specialize=SIZES)
+def global_pointer_loss_kernel(
+    near_ptr,
+    far_ptr,
+    near_bias_ptr,
+    far_bias_ptr,
+    cells_ptr,
+    ranges_ptr,
+    partials_ptr,  # [B, heads, tiles, 4]
+    mask_ptr,
+    extents_ptr,
+    n,
+    padded,
+    batch,
+    heads,
+    shared_heads,
+    groups,
+    blocks,
+    tiles,
+    width,
+    max_span_length,
+    scale: "fp64",
+    TRIL: tl.constexpr,
+    BAND: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK: tl.constexpr,
+    D: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    tile, _, pair, b, first_head = place(tiles, groups, shared_heads, GROUP)
+    start, end = place_of_tile(tile, blocks, width, TRIL, BAND)
+    partials_ptr += (b * heads * tiles + tile) * 4
+    last_head = tl.minimum(first_head + GROUP, heads)
+    if not counts(start, end, blocks, extents_ptr, b, n, BLOCK):
+        for h in range(first_head, last_head):
+            tl.store(partials_ptr + h * tiles * 4 + tl.arange(0, 4), tl.zeros([4], partials_ptr.dtype.element_ty))
+        return
+    near, near_there = tokens(start, b, mask_ptr, n, BLOCK)
+    far, far_there = tokens(end, b, mask_ptr, n, BLOCK)
+    valid = valid_cells(near, near_there, far, far_there, max_span_length, True, TRIL, BAND)
+    x = load_block(near_ptr + pair * padded * D, start, BLOCK, D)
+    y = load_block(far_ptr + pair * padded * D, end, BLOCK, D)
+    products = dot_products(x, y, scale, PRECISION)
+    for h in range(first_head, last_head):
+        scores = with_biases(products, near_bias_ptr, far_bias_ptr, b, h, n, heads, near, near_there, far, far_there)
+        row = b * heads + h
+        begin, end_ = label_range(ranges_ptr, row * blocks + start, batch * heads * blocks, False)
+        apart_begin, apart_end = label_range(ranges_ptr, row * blocks + start, batch * heads * blocks, True)
+        negative = valid
+        positive_top = tl.full((), 0.0, products.dtype)
+        positive_total = positive_top
+        if (begin < end_) | (apart_begin < apart_end):
+            apart = listed_cells(cells_ptr, apart_begin, apart_end, row, near, far, end * BLOCK, n, True, True)
+            positive = listed_cells(cells_ptr, begin, end_, row, near, far, end * BLOCK, n, True, False)
+            negative = valid & (positive == 0) & (apart == 0)
+            positive = valid & positive & (apart == 0)
+            positive_top, positive_total = tile_log_sum_exp(tl.where(positive, -scores, float("-inf")))
+        top, total = tile_log_sum_exp(tl.where(negative, scores, float("-inf")))
+        target = partials_ptr + h * tiles * 4
+        tl.store(target, top)
+        tl.store(target + 1, total)
+        tl.store(target + 2, positive_top)
+        tl.store(target + 3, positive_total)
+
+
+def _checked(cells: Tensor, q: Tensor) -> Tensor:
+    check_tensor("cells", cells, (cells.numel(),), torch.int64, q)
+    return cells.contiguous()
+
+
+def global_pointer_loss(
+    q: Tensor,
+    k: Tensor,
+    cells: Tensor,
+    start_bias: Tensor | None,
+    end_bias: Tensor | None,
+    *options: Any,
+    block: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(log_negative, log_positive) [B, H]"""
+    call = Call(q, start_bias, *options, block=block)
+    cells = _checked(cells, q)
+    if call.empty:
+        return call.rows(), call.rows()
+    with guard(q):
+        prepared = call.prepare(q, k, start_bias, end_bias)
+        partials = torch.empty(call.B, call.H, call.tiles, 4, dtype=call.compute, device=q.device)
+        call.launch(
+            global_pointer_loss_kernel,
+            call.tiles,
+            **prepared.arguments(),
+            cells_ptr=cells,
+            ranges_ptr=label_ranges(cells, call.B * call.H, call.blocks, call.n, call.block),
+            partials_ptr=partials,
+            tiles=call.tiles,
+            width=call.width,
+        )
+        return log_sum_exp(partials)
+
+
+def global_pointer_loss_backward(
+    dloss: Tensor,
+    log_negative: Tensor,
+    log_positive: Tensor,
+    q: Tensor,
+    k: Tensor,
+    cells: Tensor,
+    start_bias: Tensor | None,
+    end_bias: Tensor | None,
+    *options: Any,
+    block: int | None = None,
+) -> tuple[Tensor, ...]:
+    """(dq, dk, dstart_bias, dend_bias)"""
+    call = Call(q, start_bias, *options, block=block, backward=True)
+    cells = _checked(cells, q)
+    rows = {"dloss": dloss, "log_negative": log_negative, "log_positive": log_positive}
+    for name, x in rows.items():
+        check_tensor(name, x, (call.B, call.H), call.compute, q)
+    if call.empty:
+        return no_gradients(q, k, start_bias, end_bias)
+    with guard(q):
+        prepared = call.prepare(q, k, start_bias, end_bias)
+        return gradients(
+            call,
+            "loss",
+            dloss.contiguous(),
+            prepared,
+            log_negative_ptr=log_negative.contiguous(),
+            log_positive_ptr=log_positive.contiguous(),
+            cells_ptr=cells,
+            ranges_ptr=label_ranges(cells, call.B * call.H, call.blocks, call.n, call.block),
+        )
