@@ -63,7 +63,7 @@ def test_nan_is_above_nothing(device):
 @pytest.mark.parametrize("share", [0.0, 0.001, 0.25, 1.0])
 def test_many_hits(share, device):
     """An untrained head scores about half of all cells above 0: buffers grow, nothing is cut off."""
-    B, H, n = 2, 5, 257
+    B, H, n = 2, 5, 193
     s = torch.rand(B, H, n, n) - (1 - share)
     problem = problem_of(s.to(device), tril_mask=False)
     spans, found = decoded(problem)
@@ -80,7 +80,7 @@ def test_many_hits_of_projections(bias, device):
 
 def test_hits_in_one_place(device):
     """One row that is full between rows that are empty, and the last cell of all."""
-    n = 300
+    n = 200
     s = score_matrix({}, B=2, H=3, n=n)
     s[0, 1, 128, :] = 1.0
     s[1, 2, n - 1, n - 1] = 2.0

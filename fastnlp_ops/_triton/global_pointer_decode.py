@@ -65,7 +65,9 @@ def global_pointer_decode_kernel(
             valid = valid_cells(near, near_there, far, far_there, max_span_length, True, TRIL, BAND)
             y = load_block(far_ptr + pair * padded * D, other, BLOCK, D)
             products = dot_products(x, y, scale, PRECISION)
-            scores = with_biases(products, near_bias_ptr, far_bias_ptr, b, h, n, heads, near, near_there, far, far_there)
+            scores = with_biases(
+                products, near_bias_ptr, far_bias_ptr, b, h, n, heads, near, near_there, far, far_there
+            )
             hit = (valid & (scores > tl.full((), threshold, scores.dtype))).to(tl.int32)
             if offsets_ptr is None:
                 found += tl.sum(hit, 1)

@@ -135,4 +135,6 @@ def global_pointer_divergence_backward(
         first = call.prepare(q1, k1, start_bias1, end_bias1)
         second = call.prepare(q2, k2, start_bias2, end_bias2)
         upstream = ddivergence.contiguous()
-        return *gradients(call, "divergence", upstream, first, second), *gradients(call, "divergence", upstream, second, first)
+        return *gradients(call, "divergence", upstream, first, second), *gradients(
+            call, "divergence", upstream, second, first
+        )

@@ -158,7 +158,17 @@ def global_pointer_gradient_kernel(
                 )
             if KIND == "divergence":
                 other_scores = with_biases(
-                    other_products, other_near_bias_ptr, other_far_bias_ptr, b, h, n, heads, near, near_there, far, far_there
+                    other_products,
+                    other_near_bias_ptr,
+                    other_far_bias_ptr,
+                    b,
+                    h,
+                    n,
+                    heads,
+                    near,
+                    near_there,
+                    far,
+                    far_there,
                 )
                 dscores = _dscores_of_divergence(scores, other_scores, valid, tl.load(upstream_ptr + row))
             if KIND == "loss":

@@ -71,7 +71,15 @@ def load_extent(extents_ptr, b, n):
 
 @triton.jit
 def far_blocks(
-    near, extents_ptr, b, n, max_span_length, START: tl.constexpr, TRIL: tl.constexpr, BAND: tl.constexpr, BLOCK: tl.constexpr
+    near,
+    extents_ptr,
+    b,
+    n,
+    max_span_length,
+    START: tl.constexpr,
+    TRIL: tl.constexpr,
+    BAND: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """The first and one past the last far block that may share a valid cell with block `near`."""
     first, last = load_extent(extents_ptr, b, n)
