@@ -42,7 +42,9 @@ class Inputs:
     def dense(self) -> Tensor:
         """int64 [B, H, n, n]."""
         B, n, H, _ = self.shape
-        return torch.zeros(B, H, n * n, dtype=torch.long, device=self.device).scatter(2, self.flat, 1).unflatten(2, (n, n))
+        return (
+            torch.zeros(B, H, n * n, dtype=torch.long, device=self.device).scatter(2, self.flat, 1).unflatten(2, (n, n))
+        )
 
     def draw(self, *shape: int) -> Tensor:
         return torch.randn(shape, device=self.device).to(self.dtype)
@@ -110,7 +112,7 @@ def closed_form(inputs: Inputs, pass_name: str) -> tuple[Tensor, ...]:
     gradients = [torch.zeros_like(leaf) for leaf in leaves]
     scale, count = inputs.shape[-1] ** -0.5, inputs.shape[0] * inputs.shape[2]
     total = torch.zeros((), dtype=torch.float64, device=leaves[0].device)
-    zero = total[None]
+    zero = torch.zeros_like(total[None])
     for b, h, q, k, scores in rows(inputs, pass_name):
         n = len(scores)
         at = inputs.spans[b, h].unbind(1)
@@ -131,8 +133,8 @@ def closed_form(inputs: Inputs, pass_name: str) -> tuple[Tensor, ...]:
 
 
 def span_errors(inputs: Inputs, pass_name: str, spans: Tensor) -> dict[str, Tensor]:
-    """By how much a span that was not found is above the threshold, and one that was found below it; inf where spans are
-    not sorted or listed twice."""
+    """By how much a span that was not found is above the threshold, and one that was found below it; inf where spans
+    are not sorted or listed twice."""
     spans = spans.to(inputs.device)
     n, H = inputs.shape[1:3]
     keys = ((spans[:, 0] * H + spans[:, 1]) * n + spans[:, 2]) * n + spans[:, 3]

@@ -146,14 +146,10 @@ GlobalPointerKernels table(const GlobalPointerProblem& problem) {
     op.run = run;
     return op;
   };
-  GlobalPointerKernels kernels = {with(dense, scores<C>),
-                                  with(dense, scores_backward<C>),
-                                  with(dense, loss<C>),
-                                  with(dense, loss_backward<C>),
-                                  with(dense, divergence<C>),
-                                  with(dense, divergence_backward<C>),
-                                  with(dense, decode<C>),
-                                  merge};
+  GlobalPointerKernels kernels = {with(dense, scores<C>),     with(dense, scores_backward<C>),
+                                  with(dense, loss<C>),       with(dense, loss_backward<C>),
+                                  with(dense, divergence<C>), with(dense, divergence_backward<C>),
+                                  with(dense, decode<C>),     merge};
   if (problem.heads_per_dot() > 1) {
     kernels.loss = shared_loss_op<C, false>();
     kernels.loss_backward = shared_loss_op<C, true>();

@@ -15,11 +15,21 @@ struct Decode {
   const C threshold;
   std::vector<SpanHit<C>>& hits;
 
-  // The largest score; NaN is passed over.
+  bool any_above() const {
+    Mask<C> above = {};
+    tile.each_vector([&](int64_t at) { above |= load(cells + at) > splat(threshold); });
+    return any(above);
+  }
+
+  // The largest score; NaN is passed over. Two of them by turns, because each waits for its last.
   C largest() const {
-    Vec<C> most = splat(kNone<C>);
-    tile.each_vector([&](int64_t at) { most = maximum(load(cells + at), most); });
-    return max_of(most);
+    Vec<C> most[2] = {splat(kNone<C>), splat(kNone<C>)};
+    int turn = 0;
+    tile.each_vector([&](int64_t at) {
+      most[turn] = maximum(load(cells + at), most[turn]);
+      turn ^= 1;
+    });
+    return max_of(maximum(most[0], most[1]));
   }
 
   // Rounding keeps order: where the largest dot with the largest biases is not above the threshold, no score is.
@@ -66,11 +76,11 @@ void decode(const SpanItem* items, const SpanPart& part, void* scratch, SpanSums
       tile.score(cells);
       tile.fill_invalid(cells, kNone<C>);
       const Decode<C> op = {tile, cells, threshold, hits[r]};
-      const C most = op.largest();
       if (!packed.biases) {
-        if (most > threshold) op.find(0, nullptr, nullptr);
+        if (op.any_above()) op.find(0, nullptr, nullptr);
         return;
       }
+      const C most = op.largest();
       for (int64_t h = 0; h < p.heads_per_dot(); ++h) {
         const C* start = packed.start_bias(h);
         const C* end = packed.end_bias(h);
