@@ -1,7 +1,9 @@
 """The GlobalPointer functions against their reference: values, gradients, compilation."""
 
+import cmath
 import functools
 import itertools
+import math
 
 import pytest
 import torch
@@ -72,6 +74,50 @@ def test_reductions(function, case, reduction, device):
     weights = torch.full_like(rows, weight)
     for own, plain in zip(found, gradients(function, reference, problem, None, weights), strict=True):
         assert torch.allclose(own, plain)
+
+
+def score_by_hand(problem, b, h, i, j):
+    """One score from the formula: RoPE as a product of complex numbers."""
+    q, k = (x[b, t, h % x.shape[2]].tolist() for x, t in ((problem.q, i), (problem.k, j)))
+    d, total = len(q), 0.0
+    if problem.rope:
+        positions = range(10**6) if problem.position_ids is None else problem.position_ids[b].tolist()
+        for m in range(d // 2):
+            theta = 10000 ** (-2 * m / d)
+            start = complex(q[2 * m], q[2 * m + 1]) * cmath.exp(1j * positions[i] * theta)
+            end = complex(k[2 * m], k[2 * m + 1]) * cmath.exp(1j * positions[j] * theta)
+            total += (start * end.conjugate()).real
+    else:
+        total = sum(x * y for x, y in zip(q, k, strict=True))
+    total *= d**-0.5 if problem.scale is None else problem.scale
+    if problem.start_bias is not None:
+        total += problem.start_bias[b, i, h].item() + problem.end_bias[b, j, h].item()
+    return total
+
+
+@pytest.mark.parametrize("case", ["prime", "efficient", "biased", "relations", "band_of_pairs", "positions", "scaled"])
+def test_by_hand(case, device):
+    """Every cell from the formulas of the documentation, without tensors and without the reference."""
+    problem = make_problem(device=device, dtype=torch.float64, **{**CASES[case], "B": 2, "n": 7, "H": 2})
+    other = problem.with_inputs(*problem.second, *problem.second)
+    s, rows, spread = (function(fastnlp_ops, problem) for function in FUNCTIONS)
+    spans = decode(fastnlp_ops, problem)[0].tolist()
+    for b, h in itertools.product(range(2), range(2)):
+        labels = [tuple(label) for label in problem.labels[b, h].tolist()]
+        negative = positive = difference = 0.0
+        for i, j in itertools.product(range(7), range(7)):
+            if not problem.valid[b, h, i, j]:
+                assert s[b, h, i, j] == -math.inf and [b, h, i, j] not in spans
+                continue
+            score = score_by_hand(problem, b, h, i, j)
+            assert s[b, h, i, j].item() == pytest.approx(score, abs=1e-10)
+            assert ([b, h, i, j] in spans) == (score > 0)
+            positive += math.exp(-score) if (i, j) in labels else 0
+            negative += 0 if (i, j) in labels else math.exp(score)
+            gap = score - (twin := score_by_hand(other, b, h, i, j))
+            difference += gap * (1 / (1 + math.exp(-score)) - 1 / (1 + math.exp(-twin)))
+        assert rows[b, h].item() == pytest.approx(math.log1p(negative) + math.log1p(positive))
+        assert spread[b, h].item() == pytest.approx(difference)
 
 
 def small_problem(case, device, n=4, d=4):

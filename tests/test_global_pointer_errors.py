@@ -243,30 +243,31 @@ def test_errors_of_divergence():
 
 
 OP_BAD = {
-    "k of another length": {1: torch.ones(B, n - 1, H, d)},
-    "k of another dtype": {1: torch.ones(B, n, H, d, dtype=torch.float64)},
-    "channels apart": {0: torch.ones(B, n, H, 2 * d)[..., ::2]},
-    "one bias": {3: torch.ones(B, n, H)},
-    "biases of other heads": {3: torch.ones(B, n, H + 1), 4: torch.ones(B, n, H + 1)},
-    "mask of numbers": {5: torch.ones(B, n)},
-    "mask of another shape": {5: torch.ones(n, B, dtype=torch.bool)},
-    "short positions": {6: torch.ones(B, n, dtype=torch.int32)},
-    "cells of numbers": {2: torch.ones(3)},
-    "cells of rows": {2: torch.zeros(3, 1, dtype=torch.int64)},
-    "no band": {9: 0},
+    "k must be [B, n, H, d] = (2, 5, 3, 4), got shape (2, 4, 3, 4)": {1: torch.ones(B, n - 1, H, d)},
+    "k must be Float like q, got Double": {1: torch.ones(B, n, H, d, dtype=torch.float64)},
+    "q must have adjacent channels (stride 1)": {0: torch.ones(B, n, H, 2 * d)[..., ::2]},
+    "start_bias and end_bias must be given together": {3: torch.ones(B, n, H)},
+    "start_bias must be [B, n, H] = (2, 5, 3), got shape (2, 5, 4)": {3: torch.ones(B, n, 4), 4: torch.ones(B, n, 4)},
+    "mask must be Bool, got Float": {5: torch.ones(B, n)},
+    "mask must have shape (2, 5), got shape (5, 2)": {5: torch.ones(n, B, dtype=torch.bool)},
+    "position_ids must be Long, got Int": {6: torch.ones(B, n, dtype=torch.int32)},
+    "cells must be Long, got Float": {2: torch.ones(3)},
+    "cells must be [M], got shape (3, 1)": {2: torch.zeros(3, 1, dtype=torch.int64)},
+    "max_span_length must be at least 1, got 0": {9: 0},
 }
 
 
-@pytest.mark.parametrize("bad", OP_BAD)
-def test_errors_of_ops(bad):
+@pytest.mark.parametrize("sentence", OP_BAD)
+def test_errors_of_ops(sentence):
     """An op that is called without the public function says what is wrong and reads nothing that is not there."""
     arguments = [*q_and_k(B, n, H, d).values(), torch.zeros(2, dtype=torch.int64), None, None, None, None]
     arguments += [True, True, -1, 0.5]
     torch.ops.fastnlp_ops.global_pointer_loss(*arguments)
-    for index, value in OP_BAD[bad].items():
+    for index, value in OP_BAD[sentence].items():
         arguments[index] = value
-    with pytest.raises((ValueError, RuntimeError)):
+    with pytest.raises(ValueError) as caught:
         torch.ops.fastnlp_ops.global_pointer_loss(*arguments)
+    assert str(caught.value) == sentence
 
 
 @pytest.mark.parametrize("cells", [[10**15], [-(10**15), 3], [150, 151], [7, 3, 3, 1]], ids=str)
