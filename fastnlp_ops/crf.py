@@ -67,7 +67,8 @@ def crf_log_partition(
         forbidden transitions. Where a path leads by s nats until a forbidden transition kills it, those that it hid
         are known to s times 6e-8: scores of 1e4 cost 6e-4. Deterministic: the same bits for every run and thread count,
         gradients included, and for every batch that a sequence is part of, up to one exception: on CPU, batches of four
-        and more take a kernel that rounds differently from that of smaller ones. The backward pass saves as many float32 numbers as there are emissions.
+        and more take a kernel that rounds differently from that of smaller ones. The backward pass saves as many
+        float32 numbers as there are emissions.
 
     References:
         Lafferty, McCallum, Pereira: Conditional Random Fields. ICML 2001, section 3. Rabiner: A Tutorial on Hidden

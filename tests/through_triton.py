@@ -1,4 +1,4 @@
-"""A plugin of pytest: `pytest -p through_triton` gives every op that has a Triton kernel to it, in Triton's interpreter, on
+"""A plugin of pytest: with `-p through_triton` every op that has a Triton kernel runs it, in Triton's interpreter, on
 tensors of the CPU. The interpreter must be chosen before Triton is imported, hence a process of its own."""
 
 import importlib
@@ -7,10 +7,10 @@ import warnings
 
 os.environ["TRITON_INTERPRET"] = "1"
 
-import torch  # noqa: E402
+import torch
 
-import fastnlp_ops  # noqa: E402, F401  (registers the ops)
-from fastnlp_ops import _triton  # noqa: E402
+import fastnlp_ops  # noqa: F401  (registers the ops)
+from fastnlp_ops import _triton
 
 _library = torch.library.Library("fastnlp_ops", "IMPL", "CPU")
 for _op, _module in _triton.LAUNCHERS.items():

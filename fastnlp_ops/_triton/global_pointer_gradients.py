@@ -72,8 +72,7 @@ def _add_product(dnear, dscores, far, PRECISION: tl.constexpr):
     """dnear + dscores . far. bfloat16 rounds dscores; float16, which would underflow, goes through TF32 instead."""
     if far.dtype == tl.float16:
         return tl.dot(dscores, far.to(tl.float32), dnear, input_precision="tf32")
-    else:
-        return tl.dot(dscores.to(far.dtype), far, dnear, input_precision=PRECISION)
+    return tl.dot(dscores.to(far.dtype), far, dnear, input_precision=PRECISION)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -108,8 +107,8 @@ def global_pointer_gradient_kernel(
     groups,
     blocks,
     max_span_length,
-    scale: "fp64",
-    dscale: "fp64",
+    scale: fp64,
+    dscale: fp64,
     KIND: tl.constexpr,
     START: tl.constexpr,
     ROPE: tl.constexpr,
@@ -144,7 +143,7 @@ def global_pointer_gradient_kernel(
             other_y = load_block(other_far_ptr + pair * padded * D, far_block, BLOCK, D)
             other_products = dot_products(other_x, other_y, scale, PRECISION)
         total = tl.zeros([BLOCK, BLOCK], dtype)
-        for i in range(0, count):
+        for i in range(count):
             h = first_head + i
             row = b * heads + h
             if KIND == "scores":

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import math
 from typing import Any
 
 import torch
@@ -41,7 +40,7 @@ def global_pointer_prepare_kernel(
     k_stride_b,
     k_stride_n,
     k_stride_h,
-    shrink: "fp64",
+    shrink: fp64,
     ROPE: tl.constexpr,
     SIZE: tl.constexpr,
     D: tl.constexpr,

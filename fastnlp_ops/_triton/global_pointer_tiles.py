@@ -65,8 +65,7 @@ def counts(start, end, blocks, extents_ptr, b, n, BLOCK: tl.constexpr):
 def load_extent(extents_ptr, b, n):
     if extents_ptr is None:
         return tl.full((), 0, tl.int32), n - 1 + tl.full((), 0, tl.int32)
-    else:
-        return tl.load(extents_ptr + b * 2), tl.load(extents_ptr + b * 2 + 1)
+    return tl.load(extents_ptr + b * 2), tl.load(extents_ptr + b * 2 + 1)
 
 
 @triton.jit
@@ -145,7 +144,6 @@ def with_biases(products, near_bias_ptr, far_bias_ptr, b, h, n, heads, near, nea
     """Scores of a head from the products that heads may share. Biases of masked tokens are not read."""
     if near_bias_ptr is None:
         return products
-    else:
-        near_bias = tl.load(near_bias_ptr + (b * n + near) * heads + h, mask=near_there, other=0.0)
-        far_bias = tl.load(far_bias_ptr + (b * n + far) * heads + h, mask=far_there, other=0.0)
-        return products + near_bias.to(products.dtype)[:, None] + far_bias.to(products.dtype)[None, :]
+    near_bias = tl.load(near_bias_ptr + (b * n + near) * heads + h, mask=near_there, other=0.0)
+    far_bias = tl.load(far_bias_ptr + (b * n + far) * heads + h, mask=far_there, other=0.0)
+    return products + near_bias.to(products.dtype)[:, None] + far_bias.to(products.dtype)[None, :]
