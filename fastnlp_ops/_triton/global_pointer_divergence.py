@@ -125,7 +125,7 @@ def global_pointer_divergence_backward(
     *options: Any,
     block: int | None = None,
 ) -> tuple[Tensor, ...]:
-    """(dq1, dk1, dstart_bias1, dend_bias1, dq2, dk2, dstart_bias2, dend_bias2). Each pass in turn is the one to move."""
+    """(dq1, dk1, dstart_bias1, dend_bias1, dq2, dk2, dstart_bias2, dend_bias2). Each pass moves in turn."""
     call = Call(q1, start_bias1, *options, block=block, backward=True)
     check((start_bias1 is None) == (start_bias2 is None), "start_bias1 and start_bias2 must be given together")
     check_tensor("ddivergence", ddivergence, (call.B, call.H), call.compute, q1)

@@ -1,7 +1,7 @@
 """One call of a GlobalPointer op as its kernels take it: sizes, options, and q and k prepared for tiles.
 
 q and k are rotated once per call and written to [B, Hq, padded, D]: padded to whole blocks and to a power of two of
-channels, zeros where tokens are masked, so that tiles are loaded without conditions. That reads and writes q and k once.
+channels, zeros where tokens are masked, so that tiles are loaded without conditions. That takes one pass over q and k.
 To rotate in the tiles would do it again for each pair of blocks, and keep their loads from being fetched ahead.
 """
 
@@ -126,7 +126,7 @@ def _tile(dtype: torch.dtype, n: int, channels: int, backward: bool) -> tuple[in
 
 
 def precision(dtype: torch.dtype) -> str:
-    """Of tl.dot: float32 as torch's matrix products have it, and as exact as float32 unless they were told otherwise."""
+    """Of tl.dot: float32 as torch's matrix products have it, and as exact as float32 unless told otherwise."""
     if dtype != torch.float32:
         return "ieee"
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3"
