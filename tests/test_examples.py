@@ -246,11 +246,15 @@ def test_long_sentences_are_compared_few_at_a_time(monkeypatch):
     def sentence(length):
         return Sentence(["a"] * length, ["a"] * length, [1] * length, ["O"] * length, [Span(0, length, "x")])
 
+    def make_tagger(plain):
+        torch.manual_seed(0)
+        return Tagger(labels, plain=plain)
+
     labels = Labels(["O"], "BIO", ["x"])
     (batch,) = batches(encode([sentence(20), sentence(10)], labels), batch_size=2, steps=1, seed=0)
     for scores, sentences in ((10, 1), (799, 1), (800, 2)):
         monkeypatch.setattr(training, "MOST_SCORES", scores)
-        compiled, plain = compare(lambda plain: Tagger(labels, plain=plain), 10, [batch], on_step=lambda: None)
+        compiled, plain = compare(make_tagger, 10, [batch], on_step=lambda: None)
         assert len(compiled.paths[0]) == batch.mask[:sentences].sum()
         assert largest_loss_difference(compiled, plain) < LOSS_TOLERANCE
 
