@@ -12,7 +12,6 @@ from fastnlp_ops._triton.global_pointer_tiles import (
     SIZES,
     dot_products,
     far_blocks,
-    load_block,
     place,
     tokens,
     valid_cells,
@@ -47,11 +46,13 @@ def global_pointer_decode_kernel(
     GROUP: tl.constexpr,
     BLOCK: tl.constexpr,
     D: tl.constexpr,
+    DEPTH: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     block, _, pair, b, first_head = place(blocks, groups, shared_heads, GROUP)
     near, near_there = tokens(block, b, mask_ptr, n, BLOCK)
-    x = load_block(near_ptr + pair * padded * D, block, BLOCK, D)
+    near_ptr += pair * padded * D
+    far_ptr += pair * padded * D
     begin, end = far_blocks(block, extents_ptr, b, n, max_span_length, True, TRIL, BAND, BLOCK)
     for h in range(first_head, tl.minimum(first_head + GROUP, heads)):
         row = (b * heads + h) * n + near
@@ -62,26 +63,23 @@ def global_pointer_decode_kernel(
             limit = tl.load(offsets_ptr + row + 1, mask=near < n, other=0)
         for other in range(begin, end):
             far, far_there = tokens(other, b, mask_ptr, n, BLOCK)
+            products = dot_products(near_ptr, block, far_ptr, other, scale, BLOCK, D, DEPTH, PRECISION)
+            scores = with_biases(products, near_bias_ptr, far_bias_ptr, b, block, near_there, other, far_there, h, n, heads, BLOCK)
             valid = valid_cells(near, near_there, far, far_there, max_span_length, True, TRIL, BAND)
-            y = load_block(far_ptr + pair * padded * D, other, BLOCK, D)
-            products = dot_products(x, y, scale, PRECISION)
-            scores = with_biases(products, near_bias_ptr, far_bias_ptr, b, h, n, heads, near, near_there, far, far_there)
             hit = (valid & (scores > tl.full((), threshold, scores.dtype))).to(tl.int32)
-            if offsets_ptr is None:
-                found += tl.sum(hit, 1)
-            else:
-                in_row = tl.sum(hit, 1)
+            in_row = tl.sum(hit, 1)
+            if offsets_ptr is not None:
                 if tl.max(in_row, 0) > 0:
-                    index = found[:, None] + tl.cumsum(hit, 1) - 1
+                    rank = tl.cumsum(hit, 1) - hit
                     # Both passes compute the same scores; whatever they did, nothing is written past a row's end.
-                    filled = (hit != 0) & (index < limit[:, None])
-                    target = spans_ptr + index * 4
-                    tl.store(target, (b + tl.zeros_like(index)), mask=filled)
-                    tl.store(target + 1, (h + tl.zeros_like(index)), mask=filled)
-                    tl.store(target + 2, near[:, None] + tl.zeros_like(index), mask=filled)
-                    tl.store(target + 3, far[None, :] + tl.zeros_like(index), mask=filled)
-                    tl.store(scores_ptr + index, scores, mask=filled)
-                found += in_row
+                    filled = (hit != 0) & (rank < (limit - found)[:, None])
+                    target = (spans_ptr + found * 4)[:, None] + rank * 4
+                    tl.store(target, b, mask=filled)
+                    tl.store(target + 1, h, mask=filled)
+                    tl.store(target + 2, near[:, None], mask=filled)
+                    tl.store(target + 3, far[None, :], mask=filled)
+                    tl.store((scores_ptr + found)[:, None] + rank, scores, mask=filled)
+            found += in_row
         if offsets_ptr is None:
             tl.store(counts_ptr + row, found, mask=near < n)
 
@@ -96,7 +94,7 @@ def global_pointer_decode(
 ) -> tuple[Tensor, Tensor]:
     """(spans int64 [M, 4], scores [M]). Counted, then written: the host waits once, for M."""
     *options, threshold = options
-    call = Call(q, start_bias, *options, block=block)
+    call = Call("decode", q, start_bias, *options, block=block)
     offsets = torch.zeros(call.B * call.H * call.n + 1, dtype=torch.int64, device=q.device)
     spans = torch.empty(0, 4, dtype=torch.int64, device=q.device)
     scores = torch.empty(0, dtype=call.compute, device=q.device)

@@ -64,7 +64,7 @@ def global_pointer_prepare_kernel(
             position = row
         else:
             position = tl.load(positions_ptr + b * n + row, mask=there, other=0)
-        cos, sin = cos_sin(position, SIZE, D, dtype)
+        cos, sin = cos_sin(position, 0, SIZE, D, dtype)
     factor = tl.full((), shrink, dtype)
     channel = tl.arange(0, D)
     filled = there[:, None] & (channel < SIZE)[None, :]
@@ -109,21 +109,28 @@ def check_tensor(name: str, x: Tensor | None, shape: tuple[int, ...], dtype: tor
         check(x.device == q.device, f"{name} must be on the device of q, {q.device}, got {x.device}")
 
 
-# The largest tile, and its warps, by bytes of an element and channels: forward, and gradients, which hold a second sum.
-_TILES = {
-    2: {64: ((128, 8), (64, 4)), 128: ((128, 8), (64, 4)), 256: ((64, 4), (64, 8))},
-    4: {64: ((64, 4), (64, 8)), 128: ((64, 8), (32, 4)), 256: ((32, 4), (32, 4))},
-    8: {64: ((32, 4), (32, 4)), 128: ((32, 4), (16, 4)), 256: ((16, 4), (16, 4))},
+# Up to how many channels the tiles of an op are 64 wide, and not 32: half precision, the same with heads that share q
+# and k, and float32. Read off what ptxas makes of the kernels: the widest that keep everything in registers.
+_WIDE = {
+    "scores": (256, 256, 256),
+    "scores_backward": (64, 0, 0),
+    "loss": (256, 256, 256),
+    "loss_backward": (128, 0, 0),
+    "divergence": (128, 0, 0),
+    "divergence_backward": (0, 0, 0),
+    "decode": (0, 0, 0),
 }
 
 
-def _tile(dtype: torch.dtype, n: int, channels: int, backward: bool) -> tuple[int, int]:
+def _tile(op: str, dtype: torch.dtype, n: int, channels: int, shared: bool) -> tuple[int, int]:
     """Tokens of a tile's side, and warps."""
-    block, warps = _TILES[dtype.itemsize][max(64, channels)][backward]
-    if n <= 2 * block:  # a short text would be mostly diagonal
-        block = min(block, 64)
+    half, half_shared, single = _WIDE[op]
+    wide = (half_shared if shared else half) if dtype.itemsize == 2 else 0 if shared else single
+    block = 64 if channels <= wide else 32
+    if dtype == torch.float64 or (shared and dtype == torch.float32 and op.endswith("backward")):
+        block = 16
     block = max(16, min(block, triton.next_power_of_2(n)))
-    return block, warps if block >= 32 else 2
+    return block, 2 if block == 16 else 4
 
 
 def precision(dtype: torch.dtype) -> str:
@@ -161,6 +168,7 @@ class Call:
 
     def __init__(
         self,
+        op: str,
         q: Tensor,
         start_bias: Tensor | None,
         mask: Tensor | None,
@@ -170,7 +178,6 @@ class Call:
         max_span_length: int,
         scale: float,
         block: int | None,
-        backward: bool = False,
     ) -> None:
         check(q.dim() == 4, f"q must be [B, n, H, d], got shape {tuple(q.shape)}")
         self.B, self.n, self.shared_heads, self.d = q.shape
@@ -188,11 +195,14 @@ class Call:
         # Rotation may lengthen a channel by sqrt(2), which float16 cannot always hold.
         self.shrink = 0.5 if rope and q.dtype == torch.float16 else 1.0
         self.D = max(16, triton.next_power_of_2(self.d))
+        # Channels that tl.dot is given at a time, and whose gradients a program holds: half precision takes all.
+        self.depth = self.D if q.dtype.itemsize == 2 else min(self.D, 32)
+        self.channels = self.D if q.dtype.itemsize == 2 else min(self.D, 256 // q.dtype.itemsize)
         # Heads that share q and k go through a tile together, on products computed once.
         shared = self.shared_heads < self.H
-        self.group = min(32, triton.next_power_of_2(self.H)) if shared else 1
+        self.group = min(16, triton.next_power_of_2(self.H)) if shared else 1
         self.groups = triton.cdiv(self.H, self.group) if shared else 1
-        tile, self.warps = _tile(q.dtype, self.n, self.D, backward)
+        tile, self.warps = _tile(op, q.dtype, self.n, self.D, shared)
         self.block = block or tile
         self.blocks = triton.cdiv(self.n, self.block)
         self.band = 0 < max_span_length < self.n
@@ -277,6 +287,7 @@ class Call:
             GROUP=self.group,
             BLOCK=self.block,
             D=self.D,
+            DEPTH=self.depth,
             PRECISION=precision(self.dtype),
             num_warps=self.warps,
             num_stages=2,
