@@ -79,8 +79,8 @@ STABLE_TORCH_LIBRARY(fastnlp_ops, m) {
       "(Tensor dq1, Tensor dk1, Tensor dstart_bias1, Tensor dend_bias1, "
       "Tensor dq2, Tensor dk2, Tensor dstart_bias2, Tensor dend_bias2)");
   m.def(
-      "global_pointer_cells(Tensor labels, Tensor? mask, int batch, int heads, int length, bool tril_mask, "
-      "int max_span_length, bool mask_zero) -> Tensor");
+      "global_pointer_cells(Tensor labels, Tensor? mask, SymInt batch, SymInt heads, SymInt length, "
+      "bool tril_mask, int max_span_length, bool mask_zero) -> Tensor");
   m.def(
       "global_pointer_scores_double_backward(Tensor dscores, Tensor? dq_grad, Tensor? dk_grad, "
       "Tensor? dstart_bias_grad, Tensor? dend_bias_grad, Tensor q, Tensor k, " SPAN_OPTIONS
@@ -88,8 +88,7 @@ STABLE_TORCH_LIBRARY(fastnlp_ops, m) {
   m.def(
       "global_pointer_loss_double_backward(Tensor dloss, Tensor? dq_grad, Tensor? dk_grad, Tensor? dstart_bias_grad, "
       "Tensor? dend_bias_grad, Tensor log_negative, Tensor log_positive, Tensor q, Tensor k, "
-      "Tensor cells, " SPAN_OPTIONS
-      ") -> (Tensor ddloss, Tensor dq, Tensor dk, Tensor dstart_bias, Tensor dend_bias)");
+      "Tensor cells, " SPAN_OPTIONS ") -> (Tensor ddloss, Tensor dq, Tensor dk, Tensor dstart_bias, Tensor dend_bias)");
   m.def(
       "global_pointer_divergence_double_backward(Tensor ddivergence, Tensor? dq1_grad, Tensor? dk1_grad, "
       "Tensor? dstart_bias1_grad, Tensor? dend_bias1_grad, Tensor? dq2_grad, Tensor? dk2_grad, "
@@ -121,6 +120,7 @@ STABLE_TORCH_LIBRARY(fastnlp_ops, m) {
       "sparse_multilabel_categorical_crossentropy_backward(Tensor dloss, Tensor log_negative, Tensor log_positive, "
       "Tensor scores, Tensor indices) -> Tensor");
   m.def(
-      "sparse_multilabel_categorical_crossentropy_double_backward(Tensor dloss, Tensor dscores_grad, Tensor log_negative, "
+      "sparse_multilabel_categorical_crossentropy_double_backward(Tensor dloss, Tensor dscores_grad, Tensor "
+      "log_negative, "
       "Tensor log_positive, Tensor scores, Tensor indices) -> (Tensor ddloss, Tensor dscores)");
 }

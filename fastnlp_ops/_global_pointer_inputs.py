@@ -1,7 +1,6 @@
 """Argument checks of the GlobalPointer functions, and the form in which the ops take the arguments."""
 
 import functools
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -131,10 +130,8 @@ def kernel_inputs(
 
 def check_labels(labels: Tensor, q: Tensor, heads: int) -> None:
     B = q.shape[0]
-    fits = labels.shape[1:] == (4,) if labels.dim() == 2 else labels.dim() == 4
-    if labels.dim() == 4:
-        fits = (*labels.shape[:2], labels.shape[3]) == (B, heads, 2)
-    if not fits:
+    padded = labels.dim() == 4 and (*labels.shape[:2], labels.shape[3]) == (B, heads, 2)
+    if not padded and (labels.dim() != 2 or labels.shape[1] != 4):
         raise ValueError(f"labels must be [B, H, P, 2] = ({B}, {heads}, P, 2) or [M, 4], got {shape_of(labels)}")
     check_integers("labels", labels)
     if labels.device != q.device:
@@ -157,21 +154,24 @@ def labels_to_cells(
     of every row belongs to neither sum: -1 - cell says so, before all cells. This is the kernel of an op, so that it
     may read values on a CPU where torch.compile traces around it.
     """
-    sizes = (batch, heads, length, length)
-    labels = labels.to(torch.int64)
+    spans = labels.reshape(-1, labels.shape[-1])[:, -2:].to(torch.int64)  # [P', 2]
+    padding = (spans == -1).any(1)
+    outside = ((spans < 0) | (spans >= length)).any(1)
     if labels.dim() == 4:
         row = torch.arange(batch * heads, device=labels.device)[:, None].expand(-1, labels.shape[2]).reshape(-1)
-        columns = (row // heads, row % heads, *labels.reshape(-1, 2).unbind(1))
+        sequence, head = row // heads, row % heads
     else:
-        columns = labels.unbind(1)
-    sequence, head, start, end = columns
-    padding = _any(x == -1 for x in columns)
+        sequence, head = labels[:, :2].to(torch.int64).unbind(1)
+        padding |= (sequence == -1) | (head == -1)
+        outside |= (sequence < 0) | (sequence >= batch) | (head < 0) | (head >= heads)
+        row = sequence * heads + head
+    start, end = spans.unbind(1)
     if mask_zero:
         padding |= (start == 0) & (end == 0)
-    outside = _any((x < 0) | (x >= size) for x, size in zip(columns, sizes, strict=True))
     wrong = outside & ~padding
     if labels.device.type == "cpu" and wrong.any():
-        found = tuple(int(x[wrong][0]) for x in columns)
+        found = tuple(int(x[wrong][0]) for x in (sequence, head, start, end))
+        sizes = (batch, heads, length, length)
         raise ValueError(f"labels must be (b, h, start, end) below {sizes}, or -1 for none, got {found}")
     valid = ~(padding | outside)
     if tril_mask:
@@ -179,14 +179,8 @@ def labels_to_cells(
     if max_span_length > 0:
         valid &= (end - start).abs() < max_span_length
     if mask is not None and mask.numel():
-        for token in (start, end):
-            valid &= mask.reshape(-1)[torch.where(valid, sequence * length + token, 0)]
-    cell = ((sequence * heads + head) * length + start) * length + end
-    cells = torch.where(valid, cell, batch * heads * length * length)
+        valid &= mask[sequence.clamp(0, batch - 1)[:, None], spans.clamp(0, length - 1)].all(1)
+    cells = torch.where(valid, (row * length + start) * length + end, batch * heads * length * length)
     if mask_zero:
         cells = torch.cat([cells, -1 - torch.arange(batch * heads, device=cells.device) * (length * length)])
     return cells.sort().values
-
-
-def _any(conditions: Iterable[Tensor]) -> Tensor:
-    return functools.reduce(torch.logical_or, conditions)

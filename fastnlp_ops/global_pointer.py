@@ -120,8 +120,8 @@ def global_pointer_loss(
         True
 
     Args:
-        q, k, start_bias, end_bias, rope, position_ids, mask, tril_mask, max_span_length, scale: as in
-            :func:`global_pointer_scores`.
+        q, k, start_bias, end_bias, rope, position_ids: as in :func:`global_pointer_scores`.
+        mask, tril_mask, max_span_length, scale: as in :func:`global_pointer_scores`.
         labels (Tensor[B, H, P, 2] or Tensor[M, 4]): integers: (start, end) of the P labels of every sequence and head,
             or a list of (b, h, start, end). A -1 in a label marks it as padding. Labels that are given twice count
             once; those at a cell that is not valid (masked, below the diagonal, too long) take no part. Dense or soft
@@ -263,8 +263,8 @@ def global_pointer_decode(
         True
 
     Args:
-        q, k, start_bias, end_bias, rope, position_ids, mask, tril_mask, max_span_length, scale: as in
-            :func:`global_pointer_scores`.
+        q, k, start_bias, end_bias, rope, position_ids: as in :func:`global_pointer_scores`.
+        mask, tril_mask, max_span_length, scale: as in :func:`global_pointer_scores`.
         threshold (float): spans score above it, strictly; 0 is that of the loss.
         top_k (int): keep the best k spans of each sequence, over all heads; None: all.
         nested (bool): False: keep no two spans of a sequence, of any heads, that overlap: from the highest score down,

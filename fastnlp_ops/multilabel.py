@@ -65,7 +65,9 @@ def multilabel_categorical_crossentropy(scores: Tensor, labels: Tensor, *, reduc
         labels = labels.to(torch.float64 if scores.dtype == torch.float64 else torch.float32)
     elif labels.dtype != torch.bool:
         labels = labels != 0
-    log_negative, log_positive = torch.ops.fastnlp_ops.multilabel_categorical_crossentropy(_rows(scores), _rows(labels))
+    log_negative, log_positive = torch.ops.fastnlp_ops.multilabel_categorical_crossentropy(
+        _rows(scores), _rows(labels).contiguous()
+    )
     return reduce_rows((log_negative + log_positive).reshape(scores.shape[:-1]), reduction)
 
 
@@ -116,7 +118,7 @@ def sparse_multilabel_categorical_crossentropy(
     if mask_zero:
         scores = scores.masked_fill(torch.arange(scores.shape[-1], device=scores.device) == 0, -torch.inf)
     log_negative, log_positive = torch.ops.fastnlp_ops.sparse_multilabel_categorical_crossentropy(
-        _rows(scores), _rows(indices.to(torch.int64))
+        _rows(scores), _rows(indices.to(torch.int64)).contiguous()
     )
     return reduce_rows((log_negative + log_positive).reshape(scores.shape[:-1]), reduction)
 
@@ -134,4 +136,6 @@ def _check_device(name: str, x: Tensor, scores: Tensor) -> None:
 
 
 def _rows(x: Tensor) -> Tensor:
-    return x.flatten(0, -2).contiguous() if x.dim() > 1 else x[None].contiguous()
+    """[..., C] -> [R, C] with adjacent classes, a view where it can be."""
+    rows = x.flatten(0, -2) if x.dim() > 1 else x[None]
+    return rows if rows.stride(1) == 1 else rows.contiguous()

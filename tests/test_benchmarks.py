@@ -141,6 +141,13 @@ def test_memory():
     assert measure.saved_bytes(lambda: (x.exp().sin() * x).sum(), [x]) == 2 * 4096
 
 
+def test_memory_beside_torch():
+    """Kernels allocate their scratch by themselves: 32 MB that torch's allocator never sees."""
+    if not measure.grown_bytes(lambda: torch.ones(1_000_000)):
+        pytest.skip("this kernel does not tell how large a process was")
+    assert measure.peak_bytes(lambda: bytearray(32_000_000), "cpu") == pytest.approx(32e6, rel=0.05)
+
+
 def test_ceilings():
     found = measure.Ceilings("cpu", 1)
     assert 1e-7 < found.copy_s(1e6) < 1e-1
@@ -185,6 +192,66 @@ def test_crf_closed_form_is_the_reference(ragged):
     found = crf.closed_form(wide[0], inputs.tags, *wide[1:], on)
     for value, (expected, _) in zip(found, crf.truth(case, inputs).values(), strict=True):
         torch.testing.assert_close(value, expected, rtol=1e-10, atol=1e-10)
+
+
+CELLS = {"multilabel": (5, 300), "global_pointer": (2, 40, 3, 8)}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", CELLS)
+def test_cell_providers_agree_with_float64(name):
+    """Every pass of every provider but the compiled one, whose compiler takes half a minute each time."""
+    family = pytest.importorskip(f"benchmarks.bench_{name}")
+    passes = {case.pass_name: case for case in family.cases("cpu", quick=False)}
+    for case in passes.values():
+        for ragged in (False, True):
+            inputs = family.make_inputs(CELLS[name], "float32", "cpu", ragged)
+            truth = family.truth(case, inputs)
+            for provider in set(case.providers) - {family.COMPILED}:
+                if make := family.PROVIDERS[provider]:
+                    work = make(case, inputs)
+                    assert harness.gate(work.outputs(work.run()), truth) is None, (case.pass_name, provider, ragged)
+
+
+@pytest.mark.parametrize("pass_name", ["forward+backward", "Efficient forward+backward"])
+def test_global_pointer_closed_form_is_the_reference(pass_name):
+    proof = pytest.importorskip("benchmarks.proof_global_pointer")
+    bench = pytest.importorskip("benchmarks.bench_global_pointer")
+    inputs = bench.make_inputs((3, 20, 2, 6), "float64", "cpu", ragged=True)
+    case = Case("global_pointer_loss", pass_name, inputs.shape, ())
+    work = bench.PROVIDERS["reference"](case, inputs)
+    found = work.outputs(work.run())
+    for value, expected in zip(proof.closed_form(inputs, pass_name), found.values(), strict=True):
+        torch.testing.assert_close(value, expected, rtol=1e-10, atol=1e-12)
+
+
+def test_global_pointer_spans_are_judged():
+    bench = pytest.importorskip("benchmarks.bench_global_pointer")
+    case = Case("global_pointer_decode", bench.QUARTER, (2, 20, 2, 8), ())
+    inputs = bench.make_inputs(case.shape, "float32", "cpu")
+    truth = bench.truth(case, inputs)
+    spans = bench.PROVIDERS["reference"](case, inputs).run()
+    below = torch.tensor([[0, 0, 5, 2]])  # ends before it starts: its score is -inf
+    for wrong in (spans[1:], spans.flip(0), torch.cat([spans[:1], spans]), torch.cat([below, spans])):
+        assert "is off by" in harness.gate(bench.span_errors(inputs, bench.QUARTER, wrong), truth)
+    assert harness.gate(bench.span_errors(inputs, bench.QUARTER, spans), truth) is None
+
+
+def test_global_pointer_floor_counts_cells():
+    bench = pytest.importorskip("benchmarks.bench_global_pointer")
+    inputs = bench.make_inputs((2, 5, 3, 4), "float32", "cpu")
+    bytes_alone = SimpleNamespace(device="cpu", copy_s=float, fma_s=lambda *_: 0.0)
+    products_alone = SimpleNamespace(device="cpu", copy_s=bool, fma_s=lambda count, *_: float(count))
+    wanted = {  # 2 sequences of 15 cells and 5 tokens; 3 heads of 4 channels of q and of k
+        bench.FORWARD: (2 * 5 * 3 * 8 * 4, 30 * 3 * (4 + 10)),
+        bench.TRAIN: (3 * 2 * 5 * 3 * 8 * 4, 30 * 3 * (4 * 4 + 2 * 10)),
+        bench.DECODE: (2 * 5 * 3 * 8 * 4, 30 * 3 * 4),
+        bench.EFFICIENT_TRAIN: (3 * 2 * 5 * (8 + 6) * 4, 30 * (4 * (4 + 3) + 2 * 10)),
+    }
+    for pass_name, (nbytes, products) in wanted.items():
+        case = Case(bench.OPS[pass_name], pass_name, inputs.shape, ())
+        assert bench.floor(case, inputs, bytes_alone) == nbytes
+        assert bench.floor(case, inputs, products_alone) == products
 
 
 def test_goals():

@@ -19,7 +19,7 @@ from crf_problems import (
 )
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tools import assert_same, assert_within_budget
+from tools import assert_same, assert_within_budget, reversed_strides, strided
 
 import fastnlp_ops
 from fastnlp_ops import reference
@@ -193,17 +193,6 @@ def outputs(problem, functions=FUNCTIONS):
 
 # The gradients of the other functions come from the reference, and torch sums in an order that depends on strides.
 KERNEL_GRADIENTS = [log_partition, log_likelihood, partial_log_likelihood]
-
-
-def strided(tensor):
-    """The same values with a gap behind every element, so that no dimension has stride 1."""
-    return torch.stack([tensor, torch.full_like(tensor, 1)], -1)[..., 0]
-
-
-def reversed_strides(tensor):
-    """The same values, laid out with the first dimension innermost, as [L, B, N] data seen as [B, L, N]."""
-    order = list(range(tensor.dim()))[::-1]
-    return tensor.permute(order).contiguous().permute(order)
 
 
 @pytest.mark.parametrize("layout", [strided, reversed_strides], ids=["strided", "reversed"])

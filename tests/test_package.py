@@ -42,11 +42,12 @@ SECTIONS = ["Equivalent to", "Args", "Returns", "Raises", "Preconditions", "Prec
 LONG_FILES = {
     "fastnlp_ops/reference/crf.py": "one derivation, read from top to bottom",
     "tests/test_crf_adversarial.py": "every hostile input of the family, one after the other",
+    "tests/test_global_pointer_adversarial.py": "every hostile input of the family, one after the other",
 }
 
 
-# Ops whose results are integers.
-NO_GRADIENT = {"fastnlp_ops::crf_sample"}
+# Ops whose results are integers or bool.
+NO_GRADIENT = {"fastnlp_ops::crf_sample", "fastnlp_ops::flat_spans", "fastnlp_ops::global_pointer_cells"}
 
 
 def run(*command, **options):

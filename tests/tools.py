@@ -1,6 +1,17 @@
-"""What the tests of all families share: equality to the bit, and the error rule."""
+"""What the tests of all families share: layouts of memory, equality to the bit, and the error rule."""
 
 import torch
+
+
+def strided(tensor):
+    """The same values with a gap behind every element, so that no dimension has stride 1."""
+    return torch.stack([tensor, torch.full_like(tensor, 1)], -1)[..., 0]
+
+
+def reversed_strides(tensor):
+    """The same values, laid out with the first dimension innermost, as [L, B, N] data seen as [B, L, N]."""
+    order = list(range(tensor.dim()))[::-1]
+    return tensor.permute(order).contiguous().permute(order)
 
 
 def assert_same(actual, expected, what="result"):

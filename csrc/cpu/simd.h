@@ -114,9 +114,8 @@ FASTNLP_INLINE Simd<float>::V exponential(Simd<float>::V x) {
   y = y * r + splat(1.6666665459e-1f);
   y = y * r + splat(5.0000001201e-1f);
   y = y * (r * r) + r + splat(1.0f);
-  const V scaled = (V)((I)y + ((I)shifted << 23));
-  const V result = x < splat(-87.3f) ? V{} : scaled;
-  return x == x ? result : x;
+  const V power = (V)(((I)shifted << 23) + 0x3f800000);  // 2^n; the product is exact, and NaN where y is
+  return x < splat(-87.3f) ? V{} : y * power;
 }
 
 // log for normal positive x; NaN stays NaN, anything else gives a finite number that the caller does not use.
@@ -223,7 +222,9 @@ FASTNLP_INLINE Mask<C> lanes_below(int64_t n) {
 
 FASTNLP_INLINE void load_row(const float* row, int64_t n, int64_t padded, float fill, float* to) {
 #ifdef __AVX2__
-  for (int64_t j = 0; j < padded; j += 8) {
+  int64_t j = 0;  // whole vectors without a mask: AMD's masked loads that miss the cache wait for each other
+  for (; j + 8 <= n; j += 8) store(to + j, load(row + j));
+  for (; j < padded; j += 8) {
     const Simd<float>::I inside = lanes_below<float>(n - j);
     store(to + j, inside ? __builtin_ia32_maskloadps256((const Simd<float>::V*)(row + j), inside) : splat(fill));
   }

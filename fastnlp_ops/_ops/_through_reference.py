@@ -8,8 +8,8 @@ from torch import Tensor
 
 
 def leaves(*tensors: Tensor | None) -> list[Any]:
-    """The tensors as something to differentiate by; those on a graph stay on it."""
-    return [x if x is None or x.requires_grad else x.detach().requires_grad_() for x in tensors]
+    """The tensors as something to differentiate by, each by itself if two are one; those on a graph stay on it."""
+    return [None if x is None else x.view_as(x) if x.requires_grad else x.detach().requires_grad_() for x in tensors]
 
 
 def gradients(total: Tensor, inputs: Sequence[Tensor | None]) -> list[Tensor]:

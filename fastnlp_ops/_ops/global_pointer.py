@@ -229,9 +229,9 @@ def _scores_double_backward(dscores: Tensor, *arguments: Any) -> list[Tensor]:
     def part(_: int, dscores: Tensor, *tensors: Tensor | None) -> list[Tensor]:
         *others, mask, position_ids = tensors
 
-        def total(dscores: Tensor, *inputs: Any) -> Tensor:
-            scores = reference.plain_scores(*inputs, rope, position_ids, mask, scale)
-            valid = reference.valid_cells(inputs[0], mask, tril_mask, _longest(max_span_length))
+        def total(dscores: Tensor, q: Tensor, k: Tensor, start: Tensor | None, end: Tensor | None) -> Tensor:
+            scores = reference.plain_scores(q, k, start, end, rope, position_ids, mask, scale)
+            valid = reference.valid_cells(q, mask, tril_mask, _longest(max_span_length))
             return (scores * torch.where(valid, dscores, 0)).sum()
 
         # dscores has the dtype of q: float16 and bfloat16 are computed in float32, and rounded once.
@@ -259,17 +259,18 @@ def _loss_double_backward(dloss: Tensor, *arguments: Any) -> list[Tensor]:
     *tensors, cells, start, end, mask, position_ids, rope, tril_mask, max_span_length, scale = arguments
     n, H = tensors[6].shape[1], dloss.shape[1]
 
-    def part(b: int, dloss: Tensor, *tensors: Tensor | None) -> list[Tensor]:
+    def part(b: int, dloss: Tensor, *tensors: Any) -> list[Tensor]:
         *others, mask, position_ids = tensors
-        cotangents, given_sums, inputs = others[:4], others[4:6], others[6:]
+        cotangents, (log_negative, log_positive), inputs = others[:4], others[4:6], others[6:]
 
-        def total(dloss: Tensor, *inputs: Any) -> Tensor:
-            scores = reference.plain_scores(*inputs, rope, position_ids, mask, scale)
-            valid = reference.valid_cells(inputs[0], mask, tril_mask, _longest(max_span_length))
+        def total(dloss: Tensor, q: Tensor, k: Tensor, start: Tensor | None, end: Tensor | None) -> Tensor:
+            scores = reference.plain_scores(q, k, start, end, rope, position_ids, mask, scale)
+            valid = reference.valid_cells(q, mask, tril_mask, _longest(max_span_length))
             positive, neither = (x.reshape(scores.shape) for x in _positive(cells, b * H, dloss.numel(), n))
-            sums = reference.loss_log_sums(scores, positive, valid & ~neither)
-            used = [torch.where(given == torch.inf, 0, own) for own, given in zip(sums, given_sums, strict=True)]
-            return (dloss * (used[0] + used[1])).sum()
+            negative, positive = reference.loss_log_sums(scores, positive, valid & ~neither)
+            negative = negative.masked_fill(log_negative == torch.inf, 0)  # as in _loss_formula
+            positive = positive.masked_fill(log_positive == torch.inf, 0)
+            return (dloss * (negative + positive)).sum()
 
         return _second(total, dloss, cotangents, inputs)
 
@@ -284,10 +285,10 @@ def _divergence_double_backward(ddivergence: Tensor, *arguments: Any) -> list[Te
         *others, mask, position_ids = tensors
 
         def total(ddivergence: Tensor, *inputs: Any) -> Tensor:
-            first, second = (
-                reference.plain_scores(*x, rope, position_ids, mask, scale) for x in (inputs[:4], inputs[4:])
-            )
-            valid = reference.valid_cells(inputs[0], mask, tril_mask, _longest(max_span_length))
+            q, k, start, end, q2, k2, start2, end2 = inputs
+            first = reference.plain_scores(q, k, start, end, rope, position_ids, mask, scale)
+            second = reference.plain_scores(q2, k2, start2, end2, rope, position_ids, mask, scale)
+            valid = reference.valid_cells(q, mask, tril_mask, _longest(max_span_length))
             return (ddivergence * reference.divergence(first, second, valid)).sum()
 
         return _second(total, ddivergence, others[:8], others[8:])
