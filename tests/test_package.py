@@ -31,7 +31,7 @@ GRID = {
     "reference": ["fastnlp_ops/reference/{}.py"],
     "glue": ["fastnlp_ops/_ops/{}.py"],
     "CPU kernel": ["csrc/cpu/{}.cpp"],
-    "GPU kernel": ["csrc/cuda/{}*.cu", "fastnlp_ops/_triton/{}.py"],
+    "GPU kernel": ["csrc/cuda/{}*.cu", "fastnlp_ops/_triton/{}*.py"],
     "test": ["tests/test_{}.py"],
     "benchmark": ["benchmarks/bench_{}.py"],
 }

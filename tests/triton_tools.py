@@ -50,7 +50,7 @@ class _NoDriver:
     def get_current_device(self):
         return self.architecture
 
-    def get_current_stream(self, device):
+    def get_current_stream(self, _):
         return 0
 
 
@@ -75,7 +75,9 @@ def offline(architecture):
     def compile_only(self, *arguments, grid, warmup, **options):
         kernel = run(self, *arguments, grid=grid, warmup=True, **options)
         registers, stack = resources(kernel.asm["cubin"])
-        compiled.append(Compiled(kernel.name, kernel.asm["ptx"], kernel.asm["ttgir"], registers, stack, kernel.metadata.shared))
+        compiled.append(
+            Compiled(kernel.name, kernel.asm["ptx"], kernel.asm["ttgir"], registers, stack, kernel.metadata.shared)
+        )
 
     driver.set_active(_NoDriver(architecture))
     JITFunction.run = compile_only

@@ -39,8 +39,8 @@ def global_pointer_decode_kernel(
     groups,
     blocks,
     max_span_length,
-    scale: "fp64",
-    threshold: "fp64",
+    scale: tl.float64,
+    threshold: tl.float64,
     TRIL: tl.constexpr,
     BAND: tl.constexpr,
     GROUP: tl.constexpr,
@@ -64,7 +64,9 @@ def global_pointer_decode_kernel(
         for other in range(begin, end):
             far, far_there = tokens(other, b, mask_ptr, n, BLOCK)
             products = dot_products(near_ptr, block, far_ptr, other, scale, BLOCK, D, DEPTH, PRECISION)
-            scores = with_biases(products, near_bias_ptr, far_bias_ptr, b, block, near_there, other, far_there, h, n, heads, BLOCK)
+            scores = with_biases(
+                products, near_bias_ptr, far_bias_ptr, b, block, near_there, other, far_there, h, n, heads, BLOCK
+            )
             valid = valid_cells(near, near_there, far, far_there, max_span_length, True, TRIL, BAND)
             hit = (valid & (scores > tl.full((), threshold, scores.dtype))).to(tl.int32)
             in_row = tl.sum(hit, 1)
@@ -90,11 +92,10 @@ def global_pointer_decode(
     start_bias: Tensor | None,
     end_bias: Tensor | None,
     *options: Any,
-    block: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(spans int64 [M, 4], scores [M]). Counted, then written: the host waits once, for M."""
-    *options, threshold = options
-    call = Call("decode", q, start_bias, *options, block=block)
+    *cells, threshold = options
+    call = Call("decode", q, start_bias, *cells)
     offsets = torch.zeros(call.B * call.H * call.n + 1, dtype=torch.int64, device=q.device)
     spans = torch.empty(0, 4, dtype=torch.int64, device=q.device)
     scores = torch.empty(0, dtype=call.compute, device=q.device)
@@ -102,7 +103,8 @@ def global_pointer_decode(
         return spans, scores
     with guard(q):
         # No contraction of products and sums: the two passes are two programs, which must agree to the bit.
-        arguments = {**call.prepare(q, k, start_bias, end_bias).arguments(), "threshold": threshold, "fusion": False}
+        prepared = call.prepare(q, k, start_bias, end_bias)
+        arguments = {**prepared.arguments(), "threshold": threshold, "enable_fp_fusion": False}
         counts = torch.empty(call.B * call.H * call.n, dtype=torch.int32, device=q.device)
         places = dict.fromkeys(("offsets_ptr", "spans_ptr", "scores_ptr"))
         call.launch(global_pointer_decode_kernel, call.blocks, counts_ptr=counts, **places, **arguments)

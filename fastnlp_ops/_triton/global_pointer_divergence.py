@@ -44,7 +44,7 @@ def global_pointer_divergence_kernel(
     tiles,
     width,
     max_span_length,
-    scale: "fp64",
+    scale: tl.float64,
     TRIL: tl.constexpr,
     BAND: tl.constexpr,
     GROUP: tl.constexpr,
@@ -64,15 +64,15 @@ def global_pointer_divergence_kernel(
     near, near_there = tokens(start, b, mask_ptr, n, BLOCK)
     far, far_there = tokens(end, b, mask_ptr, n, BLOCK)
     at_pair = pair * padded * D
-    products = dot_products(
-        near_ptr + at_pair, start, far_ptr + at_pair, end, scale, BLOCK, D, DEPTH, PRECISION
-    )
+    products = dot_products(near_ptr + at_pair, start, far_ptr + at_pair, end, scale, BLOCK, D, DEPTH, PRECISION)
     other = dot_products(
         other_near_ptr + at_pair, start, other_far_ptr + at_pair, end, scale, BLOCK, D, DEPTH, PRECISION
     )
     valid = valid_cells(near, near_there, far, far_there, max_span_length, True, TRIL, BAND)
     for h in range(first_head, last_head):
-        s1 = with_biases(products, near_bias_ptr, far_bias_ptr, b, start, near_there, end, far_there, h, n, heads, BLOCK)
+        s1 = with_biases(
+            products, near_bias_ptr, far_bias_ptr, b, start, near_there, end, far_there, h, n, heads, BLOCK
+        )
         s2 = with_biases(
             other, other_near_bias_ptr, other_far_bias_ptr, b, start, near_there, end, far_there, h, n, heads, BLOCK
         )
@@ -90,10 +90,9 @@ def global_pointer_divergence(
     start_bias2: Tensor | None,
     end_bias2: Tensor | None,
     *options: Any,
-    block: int | None = None,
 ) -> Tensor:
     """[B, H]"""
-    call = Call("divergence", q1, start_bias1, *options, block=block)
+    call = Call("divergence", q1, start_bias1, *options)
     check((start_bias1 is None) == (start_bias2 is None), "start_bias1 and start_bias2 must be given together")
     if call.empty:
         return call.rows()
@@ -124,10 +123,9 @@ def global_pointer_divergence_backward(
     start_bias2: Tensor | None,
     end_bias2: Tensor | None,
     *options: Any,
-    block: int | None = None,
 ) -> tuple[Tensor, ...]:
-    """(dq1, dk1, dstart_bias1, dend_bias1, dq2, dk2, dstart_bias2, dend_bias2). Each pass in turn is the one to move."""
-    call = Call("divergence_backward", q1, start_bias1, *options, block=block)
+    """(dq1, dk1, dstart_bias1, dend_bias1, dq2, dk2, dstart_bias2, dend_bias2). Each pass moves in turn."""
+    call = Call("divergence_backward", q1, start_bias1, *options)
     check((start_bias1 is None) == (start_bias2 is None), "start_bias1 and start_bias2 must be given together")
     check_tensor("ddivergence", ddivergence, (call.B, call.H), call.compute, q1)
     if call.empty:
@@ -136,4 +134,6 @@ def global_pointer_divergence_backward(
         first = call.prepare(q1, k1, start_bias1, end_bias1)
         second = call.prepare(q2, k2, start_bias2, end_bias2)
         upstream = ddivergence.contiguous()
-        return *gradients(call, "divergence", upstream, first, second), *gradients(call, "divergence", upstream, second, first)
+        return *gradients(call, "divergence", upstream, first, second), *gradients(
+            call, "divergence", upstream, second, first
+        )

@@ -6,8 +6,6 @@ A program owns a block of near tokens and walks along the far blocks in order: n
 What the ops differ in is dscores, which a tile computes anew from its products.
 """
 
-from __future__ import annotations
-
 import torch
 import triton
 import triton.language as tl
@@ -52,7 +50,7 @@ def _dscores_of_loss(
     begin, end = label_range(ranges_ptr, row * blocks + start_block, rows * blocks, False)
     apart_begin, apart_end = label_range(ranges_ptr, row * blocks + start_block, rows * blocks, True)
     if (begin < end) | (apart_begin < apart_end):
-        scores, apart = take_listed(scores, cells_ptr, apart_begin, apart_end, row, starts, ends, first_end, n, START, True)
+        scores = take_listed(scores, cells_ptr, apart_begin, apart_end, row, starts, ends, first_end, n, START, True)[0]
         scores, positive = take_listed(scores, cells_ptr, begin, end, row, starts, ends, first_end, n, START, False)
         dscores = tl.exp(scores - log_negative) - tl.exp(-positive - tl.load(log_positive_ptr + row))
     else:
@@ -108,8 +106,8 @@ def global_pointer_gradient_kernel(
     groups,
     blocks,
     max_span_length,
-    scale: "fp64",
-    dscale: "fp64",
+    scale: tl.float64,
+    dscale: tl.float64,
     KIND: tl.constexpr,
     START: tl.constexpr,
     ROPE: tl.constexpr,
@@ -157,13 +155,21 @@ def global_pointer_gradient_kernel(
                 other_products = dot_product(other_x, other_y, scale, PRECISION)
             else:
                 other_products = dot_products(
-                    other_near_ptr + at_pair, block, other_far_ptr + at_pair, far_block, scale, BLOCK, D, DEPTH, PRECISION
+                    other_near_ptr + at_pair,
+                    block,
+                    other_far_ptr + at_pair,
+                    far_block,
+                    scale,
+                    BLOCK,
+                    D,
+                    DEPTH,
+                    PRECISION,
                 )
         valid = valid_cells(near, near_there, far, far_there, max_span_length, START, TRIL, BAND)
         if KIND == "loss":
             products = tl.where(valid, products, float("-inf"))
         total = tl.zeros([BLOCK, BLOCK], dtype)
-        for i in range(0, count):
+        for i in range(count):
             h = first_head + i
             row = b * heads + h
             if KIND == "scores":
@@ -174,11 +180,33 @@ def global_pointer_gradient_kernel(
                 dscores = tl.load(source + places, mask=valid, other=0.0).to(dtype)
             else:
                 scores = with_biases(
-                    products, near_bias_ptr, far_bias_ptr, b, block, near_there, far_block, far_there, h, n, heads, BLOCK
+                    products,
+                    near_bias_ptr,
+                    far_bias_ptr,
+                    b,
+                    block,
+                    near_there,
+                    far_block,
+                    far_there,
+                    h,
+                    n,
+                    heads,
+                    BLOCK,
                 )
             if KIND == "divergence":
                 other_scores = with_biases(
-                    other_products, other_near_bias_ptr, other_far_bias_ptr, b, block, near_there, far_block, far_there, h, n, heads, BLOCK
+                    other_products,
+                    other_near_bias_ptr,
+                    other_far_bias_ptr,
+                    b,
+                    block,
+                    near_there,
+                    far_block,
+                    far_there,
+                    h,
+                    n,
+                    heads,
+                    BLOCK,
                 )
                 dscores = _dscores_of_divergence(scores, other_scores, valid, tl.load(upstream_ptr + row))
             if KIND == "loss":

@@ -44,7 +44,7 @@ def global_pointer_loss_kernel(
     tiles,
     width,
     max_span_length,
-    scale: "fp64",
+    scale: tl.float64,
     TRIL: tl.constexpr,
     BAND: tl.constexpr,
     GROUP: tl.constexpr,
@@ -69,16 +69,20 @@ def global_pointer_loss_kernel(
     valid = valid_cells(near, near_there, far, far_there, max_span_length, True, TRIL, BAND)
     products = tl.where(valid, products, float("-inf"))
     for h in range(first_head, last_head):
-        scores = with_biases(products, near_bias_ptr, far_bias_ptr, b, start, near_there, end, far_there, h, n, heads, BLOCK)
+        scores = with_biases(
+            products, near_bias_ptr, far_bias_ptr, b, start, near_there, end, far_there, h, n, heads, BLOCK
+        )
         row = b * heads + h
         begin, finish = label_range(ranges_ptr, row * blocks + start, batch.to(tl.int64) * heads * blocks, False)
-        apart_begin, apart_finish = label_range(ranges_ptr, row * blocks + start, batch.to(tl.int64) * heads * blocks, True)
+        apart_begin, apart_finish = label_range(
+            ranges_ptr, row * blocks + start, batch.to(tl.int64) * heads * blocks, True
+        )
         positive_top = tl.full((), 0.0, products.dtype)
         positive_total = tl.full((), 0.0, products.dtype)
         if (begin < finish) | (apart_begin < apart_finish):
-            scores, apart = take_listed(
+            scores = take_listed(
                 scores, cells_ptr, apart_begin, apart_finish, row, near, far, end * BLOCK, n, True, True
-            )
+            )[0]
             scores, positive = take_listed(
                 scores, cells_ptr, begin, finish, row, near, far, end * BLOCK, n, True, False
             )
@@ -103,10 +107,9 @@ def global_pointer_loss(
     start_bias: Tensor | None,
     end_bias: Tensor | None,
     *options: Any,
-    block: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(log_negative, log_positive) [B, H]"""
-    call = Call("loss", q, start_bias, *options, block=block)
+    call = Call("loss", q, start_bias, *options)
     cells = _checked(cells, q)
     if call.empty:
         return call.rows(), call.rows()
@@ -136,10 +139,9 @@ def global_pointer_loss_backward(
     start_bias: Tensor | None,
     end_bias: Tensor | None,
     *options: Any,
-    block: int | None = None,
 ) -> tuple[Tensor, ...]:
     """(dq, dk, dstart_bias, dend_bias)"""
-    call = Call("loss_backward", q, start_bias, *options, block=block)
+    call = Call("loss_backward", q, start_bias, *options)
     cells = _checked(cells, q)
     rows = {"dloss": dloss, "log_negative": log_negative, "log_positive": log_positive}
     for name, x in rows.items():

@@ -38,7 +38,7 @@ def global_pointer_scores_kernel(
     blocks,
     max_span_length,
     row_stride,  # n, of which the compiler may know that 16 divides it
-    scale: "fp64",
+    scale: tl.float64,
     TRIL: tl.constexpr,
     BAND: tl.constexpr,
     GROUP: tl.constexpr,
@@ -64,17 +64,19 @@ def global_pointer_scores_kernel(
     inside = (near < n)[:, None] & (far < n)[None, :]
     lane = tl.arange(0, BLOCK)
     for h in range(first_head, tl.minimum(first_head + GROUP, heads)):
-        scores = with_biases(products, near_bias_ptr, far_bias_ptr, b, start, near_there, end, far_there, h, n, heads, BLOCK)
+        scores = with_biases(
+            products, near_bias_ptr, far_bias_ptr, b, start, near_there, end, far_there, h, n, heads, BLOCK
+        )
         scores = tl.where(valid, scores, float("-inf")).to(scores_ptr.dtype.element_ty)
         target = scores_ptr + ((b * heads + h) * n + start * BLOCK) * row_stride + end * BLOCK
         tl.store(target + lane[:, None] * row_stride + lane[None, :], scores, mask=inside)
 
 
 def global_pointer_scores(
-    q: Tensor, k: Tensor, start_bias: Tensor | None, end_bias: Tensor | None, *options: Any, block: int | None = None
+    q: Tensor, k: Tensor, start_bias: Tensor | None, end_bias: Tensor | None, *options: Any
 ) -> Tensor:
     """[B, H, n, n]"""
-    call = Call("scores", q, start_bias, *options, block=block)
+    call = Call("scores", q, start_bias, *options)
     scores = torch.empty(call.B, call.H, call.n, call.n, dtype=q.dtype, device=q.device)
     if call.empty:
         return scores
@@ -97,10 +99,9 @@ def global_pointer_scores_backward(
     start_bias: Tensor | None,
     end_bias: Tensor | None,
     *options: Any,
-    block: int | None = None,
 ) -> tuple[Tensor, ...]:
     """(dq, dk, dstart_bias, dend_bias)"""
-    call = Call("scores_backward", q, start_bias, *options, block=block)
+    call = Call("scores_backward", q, start_bias, *options)
     check_tensor("dscores", dscores, (call.B, call.H, call.n, call.n), q.dtype, q)
     if call.empty:
         return no_gradients(q, k, start_bias, end_bias)

@@ -71,7 +71,15 @@ def load_extent(extents_ptr, b, n):
 
 @triton.jit
 def far_blocks(
-    near, extents_ptr, b, n, max_span_length, START: tl.constexpr, TRIL: tl.constexpr, BAND: tl.constexpr, BLOCK: tl.constexpr
+    near,
+    extents_ptr,
+    b,
+    n,
+    max_span_length,
+    START: tl.constexpr,
+    TRIL: tl.constexpr,
+    BAND: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """The first and one past the last far block that may share a valid cell with block `near`."""
     first, last = load_extent(extents_ptr, b, n)
@@ -121,7 +129,9 @@ def valid_cells(
 @triton.jit
 def load_block(x_ptr, block, first, BLOCK: tl.constexpr, D: tl.constexpr, CHANNELS: tl.constexpr):
     """[BLOCK, CHANNELS] from channel `first` on, of what was prepared for a sequence and head."""
-    x_ptr += tl.full((), BLOCK * D, tl.int64) * block + first  # 64 bits to get to a tile, 32 within it: half the registers
+    x_ptr += (
+        tl.full((), BLOCK * D, tl.int64) * block + first
+    )  # 64 bits to get to a tile, 32 within it: half the registers
     return tl.load(x_ptr + tl.arange(0, BLOCK)[:, None] * D + tl.arange(0, CHANNELS)[None, :])
 
 
@@ -162,7 +172,18 @@ def _load_bias(bias_ptr, b, block, there, h, n, heads, BLOCK: tl.constexpr):
 
 @triton.jit
 def with_biases(
-    products, near_bias_ptr, far_bias_ptr, b, near_block, near_there, far_block, far_there, h, n, heads, BLOCK: tl.constexpr
+    products,
+    near_bias_ptr,
+    far_bias_ptr,
+    b,
+    near_block,
+    near_there,
+    far_block,
+    far_there,
+    h,
+    n,
+    heads,
+    BLOCK: tl.constexpr,
 ):
     """Scores of a head from the products that heads may share. Biases of masked tokens are not read."""
     if near_bias_ptr is None:

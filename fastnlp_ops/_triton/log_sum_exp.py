@@ -1,5 +1,6 @@
 """log(1 + sum e^x) of rows that several programs share: each leaves (m, sum e^(x - m)), m >= 0, and they are added in
-order. The 1 of the sum is kept apart to the end, so that a sum of 1e-9 is not rounded away beside it."""
+order. The 1 of the sum is kept apart to the end, so that a sum of 1e-9 is not rounded away beside it.
+"""
 
 import torch
 import triton

@@ -49,7 +49,15 @@ def multilabel_kernel(scores_ptr, labels_ptr, partials_ptr, classes, chunks, CHU
 
 @triton.jit(do_not_specialize=("chunks",))
 def multilabel_backward_kernel(
-    dloss_ptr, log_negative_ptr, log_positive_ptr, scores_ptr, labels_ptr, dscores_ptr, classes, chunks, CHUNK: tl.constexpr
+    dloss_ptr,
+    log_negative_ptr,
+    log_positive_ptr,
+    scores_ptr,
+    labels_ptr,
+    dscores_ptr,
+    classes,
+    chunks,
+    CHUNK: tl.constexpr,
 ):
     row = (tl.program_id(0) // chunks).to(tl.int64)
     index = (tl.program_id(0) % chunks).to(tl.int64) * CHUNK + tl.arange(0, CHUNK)
