@@ -16,7 +16,7 @@ LAUNCHERS = {
     "global_pointer_decode": "global_pointer_decode",
     "flat_spans": "global_pointer_decode",
     "linear_attention": "linear_attention",
-    "linear_attention_backward": "linear_attention_gradients",
+    "linear_attention_backward": "linear_attention",
     "linear_attention_step": "linear_attention_step",
     "multilabel_categorical_crossentropy": "multilabel",
     "multilabel_categorical_crossentropy_backward": "multilabel",
