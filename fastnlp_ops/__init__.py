@@ -13,6 +13,7 @@ if _torch.version.cuda is not None and (_folder / "libfastnlp_cuda.so").exists()
 from fastnlp_ops import _triton, reference  # noqa: E402, F401  (what follows needs the ops)
 from fastnlp_ops._ops import crf as _crf  # noqa: E402, F401
 from fastnlp_ops._ops import global_pointer as _global_pointer  # noqa: E402, F401
+from fastnlp_ops._ops import linear_attention as _linear_attention  # noqa: E402, F401
 from fastnlp_ops._ops import memm as _memm  # noqa: E402, F401
 from fastnlp_ops._ops import multilabel as _multilabel  # noqa: E402, F401
 from fastnlp_ops.crf import (  # noqa: E402
@@ -35,6 +36,8 @@ from fastnlp_ops.global_pointer import (  # noqa: E402
 from fastnlp_ops.global_pointer_module import EfficientGlobalPointer, GlobalPointer  # noqa: E402
 from fastnlp_ops.global_pointer_state_dict import convert_global_pointer_state_dict  # noqa: E402
 from fastnlp_ops.gplinker import gplinker_decode  # noqa: E402
+from fastnlp_ops.linear_attention import linear_attention, linear_attention_step  # noqa: E402
+from fastnlp_ops.linear_attention_state import LinearAttentionState  # noqa: E402
 from fastnlp_ops.memm import MEMM, memm_log_likelihood, memm_viterbi  # noqa: E402
 from fastnlp_ops.multilabel import (  # noqa: E402
     multilabel_categorical_crossentropy,
@@ -51,6 +54,7 @@ __all__ = [
     "MEMM",
     "EfficientGlobalPointer",
     "GlobalPointer",
+    "LinearAttentionState",
     "__version__",
     "convert_crf_state_dict",
     "convert_global_pointer_state_dict",
@@ -66,6 +70,8 @@ __all__ = [
     "global_pointer_loss",
     "global_pointer_scores",
     "gplinker_decode",
+    "linear_attention",
+    "linear_attention_step",
     "memm_log_likelihood",
     "memm_viterbi",
     "multilabel_categorical_crossentropy",
