@@ -38,6 +38,8 @@ from fastnlp_ops.global_pointer_module import EfficientGlobalPointer, GlobalPoin
 from fastnlp_ops.global_pointer_state_dict import convert_global_pointer_state_dict  # noqa: E402
 from fastnlp_ops.gplinker import gplinker_decode  # noqa: E402
 from fastnlp_ops.linear_attention import linear_attention, linear_attention_step  # noqa: E402
+from fastnlp_ops.linear_attention_module import LinearAttention  # noqa: E402
+from fastnlp_ops.linear_attention_parallel import linear_attention_context_parallel  # noqa: E402
 from fastnlp_ops.linear_attention_state import LinearAttentionState  # noqa: E402
 from fastnlp_ops.memm import MEMM, memm_log_likelihood, memm_viterbi  # noqa: E402
 from fastnlp_ops.multilabel import (  # noqa: E402
@@ -55,6 +57,7 @@ __all__ = [
     "MEMM",
     "EfficientGlobalPointer",
     "GlobalPointer",
+    "LinearAttention",
     "LinearAttentionState",
     "__version__",
     "convert_crf_state_dict",
@@ -72,6 +75,7 @@ __all__ = [
     "global_pointer_scores",
     "gplinker_decode",
     "linear_attention",
+    "linear_attention_context_parallel",
     "linear_attention_step",
     "memm_log_likelihood",
     "memm_viterbi",
