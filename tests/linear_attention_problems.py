@@ -9,6 +9,7 @@ from tools import assert_same, assert_within_budget, rounding_level
 
 import fastnlp_ops
 from fastnlp_ops import reference
+from fastnlp_ops._linear_attention_inputs import kernel_inputs
 from fastnlp_ops.linear_attention_state import LinearAttentionState
 from fastnlp_ops.reference.linear_attention import EXPONENTIAL, FEATURE_MAPS, absorb, empty_state
 
@@ -188,22 +189,17 @@ def make_problem(
     return problem
 
 
-def small_problem(layout, name, device):
+def small_problem(case, device):
     """For finite differences: no NaN, and sums of similarities that are far from zero."""
-    limits = {"B": 2, "T": 4, "H": 2, "Dk": 3, "Dv": 2, "keys": 3}
-    options = {**CASES[f"{layout}-{name}"], "poison": False}
-    if options.get("causal"):
-        limits.pop("keys")
-    options |= {key: limit for key, limit in limits.items() if key in options}
-    if "groups" in options:
-        options["groups"] = 1
-    if "lengths" in options:
-        options["lengths"] = [2, 0, 3]
-    if "key_lengths" in options:
-        options["key_lengths"] = [1, 2, 0]
+    limits = {"B": 2, "T": 4, "H": 2, "groups": 1, "Dk": 3, "Dv": 2, "keys": 3}
+    options = {**CASES[case], "poison": False, "lengths": [2, 0, 3], "key_lengths": [1, 2, 0]}
+    options |= {name: limit for name, limit in limits.items() if name in CASES[case]}
+    for name in ("lengths", "key_lengths"):
+        if name not in CASES[case]:
+            del options[name]
     problem = make_problem(device=device, dtype=torch.float64, **options)
-    problem.q[..., 0] = problem.q[..., 0].abs() + 0.5
-    problem.k[..., 0] = problem.k[..., 0].abs() + 0.5
+    for x in (problem.q, problem.k):
+        x[..., 0] = x[..., 0].abs() + 0.5
     if problem.kv is not None:
         problem.kv.add_(0.3)
         problem.key_sum.add_(0.3)
@@ -280,9 +276,9 @@ def check_forward(problem, call=ours):
         assert found[3] is None
 
 
-def check_backward(problem, call=ours, outputs=3):
-    """Gradients of the first `outputs` of out, kv and key_sum; every number has its own upstream gradient."""
-    weights = [w.float() for w in upstream(problem)[:outputs]]
+def check_backward(problem, outputs=OUTPUTS, call=ours):
+    """Gradients of some of the outputs; every number has its own upstream gradient."""
+    weights = [w.float() if name in outputs else None for name, w in zip(OUTPUTS, upstream(problem), strict=True)]
     own = gradients(call, problem, weights)
     narrow, exact = (gradients(plain, problem, weights, dtype) for dtype in (torch.float32, torch.float64))
     names = [name for name, x in zip(INPUTS, problem.inputs, strict=True) if x is not None]
@@ -292,6 +288,13 @@ def check_backward(problem, call=ours, outputs=3):
     for x, found in zip((x for x in problem.inputs if x is not None), own, strict=True):
         assert found.dtype == x.dtype
         assert not found[x.isnan()].any(), "masked tokens have gradients of exactly 0"
+
+
+def kernel_arguments(problem):
+    """Arguments of the op, and the factor of its result."""
+    layout = (problem.key_padding_mask, problem.cu_seqlens_q, problem.cu_seqlens_k, problem.log_decay, problem.state)
+    options = (problem.feature_map, problem.causal, problem.normalize, problem.scale, problem.eps)
+    return kernel_inputs(problem.q, problem.k, problem.v, *options, *layout)
 
 
 def outputs(problem, leaves=None):
