@@ -85,7 +85,7 @@ struct LinearAttentionKernels {
   void (*saved_state)(const LinearAttentionItem&, void* state);
   bool (*final_gradient)(const LinearAttentionItem&, void* state);
   void (*total_gradient)(const LinearAttentionItem&, void* state);  // not causal: from the query sums
-  void (*initial_gradient)(const LinearAttentionItem&, void* state);
+  void (*initial_gradient)(const LinearAttentionItem&, const void* state);
   // dlog_decay from decay_terms; returns its sum.
   double (*decay_gradient)(const LinearAttentionItem&);
 

@@ -29,7 +29,7 @@ struct Block {
   C *panels, *more_panels;                         // of rows of either kind
   C *tile, *dtile, *weights;                       // [kBlock, kBlock]
   C *key_norms, *query_norms;                      // of cosine+1
-  C *z, *dz, *shift, *lead, *trail, *query_terms;  // [kBlock]; lead: decay from the block's start to a token's end,
+  C *z, *dz, *shift, *lead, *trail;  // [kBlock]; lead: decay from the block's start to a token's end,
   C *top, *first;                                  // [Dk] trail: from there to the block's end
   double total_decay;
 
@@ -37,7 +37,7 @@ struct Block {
     const Sizes<C> s(p);
     const int64_t wide = std::max(s.feature_stride, s.value_stride) + 2 * kPanel<C>;
     const int64_t elements = 8 * wide * kBlock + (s.features + 8) * kBlock + 2 * wide * kBlock +
-                             3 * Triangle<C>::elements + 8 * kBlock + 2 * State<C>::padded(s.features);
+                             3 * Triangle<C>::elements + 7 * kBlock + 2 * State<C>::padded(s.features);
     return static_cast<size_t>(elements) * sizeof(C) + State<C>::bytes(p) + 64 * 32;
   }
 
@@ -58,9 +58,8 @@ struct Block {
     for (C** to : {&rows, &panels, &more_panels}) *to = arena.take<C>(kBlock * wide);
     columns = arena.take<C>((sizes.features + 8) * kBlock);
     for (C** to : {&tile, &dtile, &weights}) *to = arena.take<C>(Triangle<C>::elements);
-    for (C** to : {&key_norms, &query_norms, &z, &dz, &shift, &lead, &trail, &query_terms}) *to = arena.take<C>(kBlock);
+    for (C** to : {&key_norms, &query_norms, &z, &dz, &shift, &lead, &trail}) *to = arena.take<C>(kBlock);
     for (C** to : {&top, &first}) *to = arena.take<C>(State<C>::padded(sizes.features));
-    std::fill(query_terms, query_terms + kBlock, C{0});
     if (local_memory) local.clear(sizes);
   }
 
@@ -157,7 +156,7 @@ struct Block {
   }
 
   // Reads keys t .. end - 1 as far as a block reaches, raises the maximum, and returns how many there are.
-  int64_t read_source_keys(int64_t t, int64_t end) {
+  int64_t read_source_keys(int64_t t, int64_t end, bool upper = false) {
     int64_t n = std::min(kBlock, end - t);
     read_raw_keys(t, n, keys_out);
     if (p.has_maximum()) {
@@ -172,7 +171,7 @@ struct Block {
       map_keys(t, n, keys_out);
     }
     if (p.causal) n = finite_tokens(n);
-    read_decay(t, n);
+    read_decay(t, n, upper);
     return n;
   }
 
@@ -199,25 +198,25 @@ struct Block {
     for (int64_t d = 0; d < sizes.width; d += Simd<C>::lanes) f(load(v + d));
   }
 
-  // exp of sums of log_decay. Where it is -inf, differences of sums would not be numbers.
-  void read_decay(int64_t t, int64_t n) {
+  // exp of sums of log_decay, every sum by itself: the difference of two long ones has lost digits, and that of two
+  // infinite ones is none. weights: from token to token, of the lower or of the upper triangle.
+  void read_decay(int64_t t, int64_t n, bool upper) {
     total_decay = 0;
     if (!decays()) return;
     const C* const from = static_cast<const C*>(p.log_decay) + item.key_head;
-    double sums[kBlock];
+    double sums[kBlock];  // from behind token j to the end of token i
     for (int64_t i = 0; i < n; ++i) {
       const int64_t row = sequence.batch * p.keys + sequence.key0 + t + i;
-      const double own = from[p.decay_per_token ? row * p.key_heads : 0];
-      if (!masked(t + i)) total_decay += std::max(own, -1e4);
-      sums[i] = total_decay;
+      const double own = masked(t + i) ? 0 : static_cast<double>(from[p.decay_per_token ? row * p.key_heads : 0]);
+      total_decay += own;
+      lead[i] = static_cast<C>(std::exp(total_decay));
+      C* const of_row = weights + i * Triangle<C>::stride;
+      for (int64_t j = 0; j < i; ++j) of_row[j] = static_cast<C>(sums[j] += own);
+      of_row[i] = static_cast<C>(sums[i] = 0);
+      each_vector(of_row, i + 1, [&](int64_t, Vec<C> x) { return exponential(x); });
+      for (int64_t j = 0; upper && j < i; ++j) weights[j * Triangle<C>::stride + i] = of_row[j];
     }
-    for (int64_t i = 0; i < n; ++i) {
-      lead[i] = static_cast<C>(std::exp(sums[i]));
-      trail[i] = static_cast<C>(std::exp(total_decay - sums[i]));
-      C* const row = weights + i * Triangle<C>::stride;
-      for (int64_t j = 0; j < n; ++j) row[j] = static_cast<C>(-std::abs(sums[i] - sums[j]));
-      each_vector(row, n, [&](int64_t, Vec<C> x) { return exponential(x); });
-    }
+    for (int64_t i = 0; i < n; ++i) trail[i] = static_cast<C>(std::exp(sums[i]));
   }
   const C* decay_weights() const { return decays() ? weights : nullptr; }
   void scale_rows(int64_t n, const C* from, const C* factors, C* to) const {
@@ -265,7 +264,7 @@ struct Block {
     return z < eps && z > -eps ? (z < 0 ? -eps : eps) : z;
   }
 
-  // dn and dz: gradients of the numerator and the denominator of queries t .. t + n - 1; query_terms += phi(q) dphi(q).
+  // dn and dz: gradients of the numerator and the denominator of queries t .. t + n - 1.
   void read_gradients(int64_t t, int64_t n, int64_t h) const {
     const int64_t offset = query_row(t, h) * sizes.values, step = p.heads * sizes.values;
     if (!work.dout) {
@@ -274,23 +273,30 @@ struct Block {
       return;
     }
     read_rows(p.dtype, work.dout, offset, step, n, sizes.values, dn, sizes.value_stride);
-    read_rows(p.dtype, static_cast<const void*>(work.out), offset, step, n, sizes.values, rows, sizes.value_stride);
+    if (p.divides())
+      read_rows(p.dtype, static_cast<const void*>(work.out), offset, step, n, sizes.values, rows, sizes.value_stride);
     for (int64_t i = 0; i < n; ++i) {
       C* const row = dn + i * sizes.value_stride;
-      const C along =
-          dot(static_cast<const C*>(row), static_cast<const C*>(rows + i * sizes.value_stride), sizes.values);
       C factor = p.normalize ? C{1} : static_cast<C>(p.scale);
       dz[i] = 0;
-      bool cancels = false;
       if (p.divides()) {
-        const bool exact = p.has_maximum();
-        const C own = exact ? C{1} : normalizer(t + i, h), safe = exact ? own : guarded(own);
+        const C own = p.has_maximum() ? C{1} : normalizer(t + i, h), safe = p.has_maximum() ? own : guarded(own);
         factor = C{1} / safe;
-        cancels = own == safe || own != own;
-        if (cancels) dz[i] = -along * factor;
+        if (own == safe || own != own) dz[i] = -factor * dot<C>(row, rows + i * sizes.value_stride, sizes.values);
       }
-      if (!cancels) query_terms[i] += along;
       if (factor != C{1}) each_vector(row, sizes.width, [&](int64_t, Vec<C> x) { return x * splat(factor); });
+    }
+  }
+  // decay_terms += sign phi . dphi, of features and rows.
+  void add_decay_terms(int64_t t, int64_t n, const C* features, double sign) const {
+    if (!work.decay_terms) return;
+    for (int64_t i = 0; i < n; ++i) {
+      const C *const own = features + i * sizes.feature_stride, *const d = rows + i * sizes.feature_stride;
+      double sum = 0;
+#pragma omp simd reduction(+ : sum)
+      for (int64_t x = 0; x < sizes.features; ++x) sum += static_cast<double>(own[x]) * static_cast<double>(d[x]);
+      const int64_t row = sequence.batch * p.keys + sequence.key0 + t + i;
+      work.decay_terms[row * p.key_heads + item.key_head] += sign * sum;
     }
   }
 
