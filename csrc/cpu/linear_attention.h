@@ -48,6 +48,7 @@ struct LinearAttentionWork {
   void* dq = nullptr;
   void* dk = nullptr;
   void* dv = nullptr;
+  void* dz = nullptr;             // C [B, Tq, H]: the queries' pass leaves it to the keys'
   double* decay_terms = nullptr;  // [B, T, Hkv]: what dlog_decay is the reverse cumulative sum of
   void* dlog_decay = nullptr;     // C [B, T, Hkv]
   void* dinitial_kv = nullptr;
@@ -85,7 +86,7 @@ struct LinearAttentionKernels {
   void (*saved_state)(const LinearAttentionItem&, void* state);
   bool (*final_gradient)(const LinearAttentionItem&, void* state);
   void (*total_gradient)(const LinearAttentionItem&, void* state);  // not causal: from the query sums
-  void (*initial_gradient)(const LinearAttentionItem&, void* state);
+  void (*initial_gradient)(const LinearAttentionItem&, const void* state);
   // dlog_decay from decay_terms; returns its sum.
   double (*decay_gradient)(const LinearAttentionItem&);
 

@@ -29,15 +29,16 @@ struct Block {
   C *panels, *more_panels;                         // of rows of either kind
   C *tile, *dtile, *weights;                       // [kBlock, kBlock]
   C *key_norms, *query_norms;                      // of cosine+1
-  C *z, *dz, *shift, *lead, *trail, *query_terms;  // [kBlock]; lead: decay from the block's start to a token's end,
+  C *z, *dz, *shift, *lead, *trail;  // [kBlock]; lead: decay from the block's start to a token's end,
   C *top, *first;                                  // [Dk] trail: from there to the block's end
   double total_decay;
+  int64_t next = kBlock;  // from a token to its like in the next block
 
   static size_t bytes(const LinearAttentionProblem& p) {
     const Sizes<C> s(p);
     const int64_t wide = std::max(s.feature_stride, s.value_stride) + 2 * kPanel<C>;
     const int64_t elements = 8 * wide * kBlock + (s.features + 8) * kBlock + 2 * wide * kBlock +
-                             3 * Triangle<C>::elements + 8 * kBlock + 2 * State<C>::padded(s.features);
+                             3 * Triangle<C>::elements + 7 * kBlock + 2 * State<C>::padded(s.features);
     return static_cast<size_t>(elements) * sizeof(C) + State<C>::bytes(p) + 64 * 32;
   }
 
@@ -58,9 +59,8 @@ struct Block {
     for (C** to : {&rows, &panels, &more_panels}) *to = arena.take<C>(kBlock * wide);
     columns = arena.take<C>((sizes.features + 8) * kBlock);
     for (C** to : {&tile, &dtile, &weights}) *to = arena.take<C>(Triangle<C>::elements);
-    for (C** to : {&key_norms, &query_norms, &z, &dz, &shift, &lead, &trail, &query_terms}) *to = arena.take<C>(kBlock);
+    for (C** to : {&key_norms, &query_norms, &z, &dz, &shift, &lead, &trail}) *to = arena.take<C>(kBlock);
     for (C** to : {&top, &first}) *to = arena.take<C>(State<C>::padded(sizes.features));
-    std::fill(query_terms, query_terms + kBlock, C{0});
     if (local_memory) local.clear(sizes);
   }
 
@@ -135,11 +135,20 @@ struct Block {
     return true;
   }
 
-  void read_raw_keys(int64_t t, int64_t n, C* to) const {
-    read_rows(p.dtype, p.k, sequence.batch, sequence.key0 + t, item.key_head, n, sizes.channels, to + sizes.constants,
-              sizes.feature_stride);
-    read_rows(p.dtype, p.v, sequence.batch, sequence.key0 + t, item.key_head, n, sizes.values, values,
+  void read_head(const HeadTensor& from, int64_t token, int64_t head, int64_t n, int64_t size, C* to,
+                 int64_t stride) const {
+    const int64_t offset = sequence.batch * from.batch_stride + token * from.token_stride + head * from.head_stride;
+    read_rows(p.dtype, from.data, offset, from.token_stride, n, next, size, to, stride);
+  }
+  // Rows of out or dout.
+  void read_out(const void* from, int64_t t, int64_t h, int64_t n, C* to) const {
+    read_rows(p.dtype, from, query_row(t, h) * sizes.values, p.heads * sizes.values, n, next, sizes.values, to,
               sizes.value_stride);
+  }
+
+  void read_raw_keys(int64_t t, int64_t n, C* to) const {
+    read_head(p.k, sequence.key0 + t, item.key_head, n, sizes.channels, to + sizes.constants, sizes.feature_stride);
+    read_head(p.v, sequence.key0 + t, item.key_head, n, sizes.values, values, sizes.value_stride);
     for (int64_t i = 0; i < n && p.key_padding_mask; ++i) {
       if (!masked(t + i)) continue;
       C *const k = to + i * sizes.feature_stride, *const v = values + i * sizes.value_stride;
@@ -157,7 +166,7 @@ struct Block {
   }
 
   // Reads keys t .. end - 1 as far as a block reaches, raises the maximum, and returns how many there are.
-  int64_t read_source_keys(int64_t t, int64_t end) {
+  int64_t read_source_keys(int64_t t, int64_t end, bool upper = false) {
     int64_t n = std::min(kBlock, end - t);
     read_raw_keys(t, n, keys_out);
     if (p.has_maximum()) {
@@ -172,7 +181,7 @@ struct Block {
       map_keys(t, n, keys_out);
     }
     if (p.causal) n = finite_tokens(n);
-    read_decay(t, n);
+    read_decay(t, n, upper);
     return n;
   }
 
@@ -199,25 +208,25 @@ struct Block {
     for (int64_t d = 0; d < sizes.width; d += Simd<C>::lanes) f(load(v + d));
   }
 
-  // exp of sums of log_decay. Where it is -inf, differences of sums would not be numbers.
-  void read_decay(int64_t t, int64_t n) {
+  // exp of sums of log_decay, every sum by itself: the difference of two long ones has lost digits, and that of two
+  // infinite ones is none. weights: from token to token, of the lower or of the upper triangle.
+  void read_decay(int64_t t, int64_t n, bool upper) {
     total_decay = 0;
     if (!decays()) return;
     const C* const from = static_cast<const C*>(p.log_decay) + item.key_head;
-    double sums[kBlock];
+    double sums[kBlock];  // from behind token j to the end of token i
     for (int64_t i = 0; i < n; ++i) {
       const int64_t row = sequence.batch * p.keys + sequence.key0 + t + i;
-      const double own = from[p.decay_per_token ? row * p.key_heads : 0];
-      if (!masked(t + i)) total_decay += std::max(own, -1e4);
-      sums[i] = total_decay;
+      const double own = masked(t + i) ? 0 : static_cast<double>(from[p.decay_per_token ? row * p.key_heads : 0]);
+      total_decay += own;
+      lead[i] = static_cast<C>(std::exp(total_decay));
+      C* const of_row = weights + i * Triangle<C>::stride;
+      for (int64_t j = 0; j < i; ++j) of_row[j] = static_cast<C>(sums[j] += own);
+      of_row[i] = static_cast<C>(sums[i] = 0);
+      each_vector(of_row, i + 1, [&](int64_t, Vec<C> x) { return exponential(x); });
+      for (int64_t j = 0; upper && j < i; ++j) weights[j * Triangle<C>::stride + i] = of_row[j];
     }
-    for (int64_t i = 0; i < n; ++i) {
-      lead[i] = static_cast<C>(std::exp(sums[i]));
-      trail[i] = static_cast<C>(std::exp(total_decay - sums[i]));
-      C* const row = weights + i * Triangle<C>::stride;
-      for (int64_t j = 0; j < n; ++j) row[j] = static_cast<C>(-std::abs(sums[i] - sums[j]));
-      each_vector(row, n, [&](int64_t, Vec<C> x) { return exponential(x); });
-    }
+    for (int64_t i = 0; i < n; ++i) trail[i] = static_cast<C>(std::exp(sums[i]));
   }
   const C* decay_weights() const { return decays() ? weights : nullptr; }
   void scale_rows(int64_t n, const C* from, const C* factors, C* to) const {
@@ -237,8 +246,7 @@ struct Block {
   }
 
   void read_raw_queries(int64_t t, int64_t n, int64_t h, C* to) const {
-    read_rows(p.dtype, p.q, sequence.batch, sequence.query0 + t, head(h), n, sizes.channels, to + sizes.constants,
-              sizes.feature_stride);
+    read_head(p.q, sequence.query0 + t, head(h), n, sizes.channels, to + sizes.constants, sizes.feature_stride);
   }
   int64_t query_row(int64_t t, int64_t h) const {
     return (sequence.batch * p.queries + sequence.query0 + t) * p.heads + head(h);
@@ -265,32 +273,51 @@ struct Block {
     return z < eps && z > -eps ? (z < 0 ? -eps : eps) : z;
   }
 
-  // dn and dz: gradients of the numerator and the denominator of queries t .. t + n - 1; query_terms += phi(q) dphi(q).
-  void read_gradients(int64_t t, int64_t n, int64_t h) const {
-    const int64_t offset = query_row(t, h) * sizes.values, step = p.heads * sizes.values;
-    if (!work.dout) {
-      std::fill(dn, dn + n * sizes.value_stride, C{0});
-      std::fill(dz, dz + n, C{0});
-      return;
-    }
-    read_rows(p.dtype, work.dout, offset, step, n, sizes.values, dn, sizes.value_stride);
-    read_rows(p.dtype, static_cast<const void*>(work.out), offset, step, n, sizes.values, rows, sizes.value_stride);
+  // dn: the gradient of the numerator of queries t .. t + n - 1.
+  void read_dn(int64_t t, int64_t n, int64_t h) const {
+    if (!work.dout) return std::fill(dn, dn + n * sizes.value_stride, C{0});
+    read_out(work.dout, t, h, n, dn);
     for (int64_t i = 0; i < n; ++i) {
-      C* const row = dn + i * sizes.value_stride;
-      const C along =
-          dot(static_cast<const C*>(row), static_cast<const C*>(rows + i * sizes.value_stride), sizes.values);
-      C factor = p.normalize ? C{1} : static_cast<C>(p.scale);
-      dz[i] = 0;
-      bool cancels = false;
-      if (p.divides()) {
-        const bool exact = p.has_maximum();
-        const C own = exact ? C{1} : normalizer(t + i, h), safe = exact ? own : guarded(own);
-        factor = C{1} / safe;
-        cancels = own == safe || own != own;
-        if (cancels) dz[i] = -along * factor;
-      }
-      if (!cancels) query_terms[i] += along;
-      if (factor != C{1}) each_vector(row, sizes.width, [&](int64_t, Vec<C> x) { return x * splat(factor); });
+      const bool divided = p.divides() && !p.has_maximum();
+      const C factor = divided ? C{1} / guarded(normalizer(t + i, h)) : p.normalize ? C{1} : static_cast<C>(p.scale);
+      if (factor == C{1}) continue;
+      each_vector(dn + i * sizes.value_stride, sizes.width, [&](int64_t, Vec<C> x) { return x * splat(factor); });
+    }
+  }
+  // dz = -dn . out, of the denominator, for the keys' pass too. Added up in the order of dn . v: of a query with one
+  // key, whose out is v, they cancel to the bit.
+  void make_dz(int64_t t, int64_t n, int64_t h, const C* dn_panels) const {
+    std::fill(dz, dz + kBlock, C{0});
+    if (!p.divides() || !work.dout) return;
+    read_out(work.out, t, h, n, rows);
+    to_panels(n, sizes.values, rows, sizes.value_stride, more_panels);
+    for (int64_t x = 0; x < n; x += kPanel<C>) {
+      const C *a = dn_panels + x * sizes.values, *b = more_panels + x * sizes.values;
+      Vec<C> sums[2] = {};
+      for (int64_t y = 0; y < sizes.values; ++y, a += kPanel<C>, b += kPanel<C>)
+        for (int v = 0; v < 2; ++v) sums[v] += load(a + v * Simd<C>::lanes) * load(b + v * Simd<C>::lanes);
+      for (int v = 0; v < 2; ++v) store(dz + x + v * Simd<C>::lanes, -sums[v]);
+    }
+    for (int64_t i = 0; i < n; ++i) {
+      const C z = p.has_maximum() ? C{1} : normalizer(t + i, h), safe = p.has_maximum() ? z : guarded(z);
+      if (z != safe && z == z) dz[i] = 0;
+      saved_dz(t + i, h) = dz[i];
+    }
+  }
+  C& saved_dz(int64_t t, int64_t h) const { return static_cast<C*>(work.dz)[query_row(t, h)]; }
+  void read_dz(int64_t t, int64_t n, int64_t h) const {
+    for (int64_t i = 0; i < n; ++i) dz[i] = p.divides() && work.dout ? saved_dz(t + i, h) : C{0};
+  }
+  // decay_terms += sign phi . dphi, of features and rows.
+  void add_decay_terms(int64_t t, int64_t n, const C* features, double sign) const {
+    if (!work.decay_terms) return;
+    for (int64_t i = 0; i < n; ++i) {
+      const C *const own = features + i * sizes.feature_stride, *const d = rows + i * sizes.feature_stride;
+      double sum = 0;
+#pragma omp simd reduction(+ : sum)
+      for (int64_t x = 0; x < sizes.features; ++x) sum += static_cast<double>(own[x]) * static_cast<double>(d[x]);
+      const int64_t row = sequence.batch * p.keys + sequence.key0 + t + i;
+      work.decay_terms[row * p.key_heads + item.key_head] += sign * sum;
     }
   }
 

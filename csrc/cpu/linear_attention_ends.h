@@ -100,43 +100,52 @@ void total_gradient(const LinearAttentionItem& item, void* memory) {
 }
 
 template <class C>
-void initial_gradient(const LinearAttentionItem& item, void* memory) {
+void initial_gradient(const LinearAttentionItem& item, const void* memory) {
   const LinearAttentionWork& work = *item.work;
   if (!work.dinitial_kv) return;
   const StateOffsets<C> at(item);
   const Sizes<C> sizes(work.problem);
   const State<C> state(sizes, memory);
+  C *const kv = at.of_kv(work.dinitial_kv), *const sum = at.of_sum(work.dinitial_key_sum);
+  state.write(sizes, kv, sum, nullptr);
   const C* const max = at.of_max(work.problem.initial_key_max);
   for (int64_t d = 0; max && d < sizes.channels; ++d) {
     const bool seen = max[d] != kNothing<C> && state.max[d] != kNothing<C>;
     const C factor = seen ? std::exp(max[d] + state.max[d]) : C{0};
-    each_vector(state.kv + d * sizes.value_stride, sizes.width, [&](int64_t, Vec<C> x) { return x * splat(factor); });
-    state.sum[d] *= factor;
+    for (int64_t y = 0; y < sizes.values; ++y) kv[d * sizes.values + y] *= factor;
+    sum[d] *= factor;
   }
-  state.write(sizes, at.of_kv(work.dinitial_kv), at.of_sum(work.dinitial_key_sum), static_cast<C*>(nullptr));
 }
 
 // g_t scales all that reaches token t from the left: d g_t is the reverse cumulative sum of decay_terms, from what the
-// final state adds at the right end.
+// final state adds at the right end to what the initial state gets at the left. Rounding misses that end by an error
+// that has grown along the way, and is taken back in proportion.
 template <class C>
 double decay_gradient(const LinearAttentionItem& item) {
   const LinearAttentionWork& work = *item.work;
   const LinearAttentionProblem& p = work.problem;
   const LinearAttentionSequence& s = *item.sequence;
   const StateOffsets<C> at(item);
-  double sum = 0, total = 0;
-  const auto add = [&](const C* a, const C* b, int64_t n) {
-    for (int64_t x = 0; a && x < n; ++x) sum += static_cast<double>(a[x]) * static_cast<double>(b[x]);
+  const auto product_of = [&](const void* a, const void* b, const void* a_sum, const void* b_sum) {
+    double sum = 0;
+    const auto add = [&](const C* x, const C* y, int64_t n) {
+      for (int64_t i = 0; x && y && i < n; ++i) sum += static_cast<double>(x[i]) * static_cast<double>(y[i]);
+    };
+    add(at.of_kv(a), at.of_kv(b), p.features() * p.value_size);
+    add(at.of_sum(a_sum), at.of_sum(b_sum), p.features());
+    return sum;
   };
-  add(at.of_kv(work.dkv), at.of_kv(work.kv), p.features() * p.value_size);
-  add(at.of_sum(work.dkey_sum), at.of_sum(work.key_sum), p.features());
+  const auto row_of = [&](int64_t t) { return (s.batch * p.keys + s.key0 + t) * p.key_heads + item.key_head; };
+  double sum = product_of(work.dkv, work.kv, work.dkey_sum, work.key_sum), all = sum, total = 0;
+  for (int64_t t = s.keys; t-- > 0;) all += work.decay_terms[row_of(t)];
+  const double error = all - product_of(work.dinitial_kv, p.initial_kv, work.dinitial_key_sum, p.initial_key_sum);
   C* const to = static_cast<C*>(work.dlog_decay);
   for (int64_t t = s.keys; t-- > 0;) {
-    const int64_t token = s.batch * p.keys + s.key0 + t, row = token * p.key_heads + item.key_head;
-    sum += work.decay_terms[row];
-    const double own = p.key_padding_mask && !p.key_padding_mask[token] ? 0 : sum;
-    if (p.decay_per_token) to[row] = static_cast<C>(own);
-    total += own;
+    const int64_t row = row_of(t);
+    sum += work.decay_terms[row] - error / static_cast<double>(s.keys);
+    const bool on = !p.key_padding_mask || p.key_padding_mask[s.batch * p.keys + s.key0 + t];
+    if (p.decay_per_token) to[row] = static_cast<C>(on ? sum : 0);
+    total += on ? sum : 0;
   }
   return total;
 }

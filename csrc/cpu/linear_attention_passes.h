@@ -130,7 +130,7 @@ void query_gradients(const LinearAttentionItem& item, int64_t begin, int64_t end
   for (int64_t t = begin, n; t < end; t += n) {
     n = std::min(kBlock, end - t);
     if (p.causal) {
-      n = block.read_source_keys(t, end);
+      n = block.read_source_keys(t, end, true);
       state = &block.state();
       keys = block.near_rows(n, *state, block.keys_out, block.keys);
     }
@@ -138,8 +138,9 @@ void query_gradients(const LinearAttentionItem& item, int64_t begin, int64_t end
     for (int64_t h = 0; h < block.heads(); ++h) {
       block.read_raw_queries(t, n, h, block.queries);
       block.map_queries(n, state->max, block.read_shift(t, n, h));
-      block.read_gradients(t, n, h);
+      block.read_dn(t, n, h);
       to_panels(n, sizes.values, block.dn, sizes.value_stride, block.panels);
+      block.make_dz(t, n, h, block.panels);
       block.read_state(*state, n, block.panels, block.dz, block.decays() ? block.lead : nullptr);
       if (p.causal) {
         triangle.score(sizes.values, block.values, sizes.value_stride, block.panels, block.dtile);
@@ -149,6 +150,7 @@ void query_gradients(const LinearAttentionItem& item, int64_t begin, int64_t end
         block.local.add(sizes, n, block.queries, block.dn, block.dz);
       }
       to_rows(n, sizes.features, block.columns, block.rows, sizes.feature_stride);
+      block.add_decay_terms(t, n, block.queries, 1);
       if (p.feature_map == FeatureMap::softmax)
         chain_softmax_rows(n, sizes.channels, block.queries, block.rows, sizes.feature_stride);
       else
@@ -170,7 +172,7 @@ struct QuerySource {
   const LinearAttentionProblem& p;
   const Sizes<C>& sizes;
 
-  explicit QuerySource(Block<C>& block) : block(block), p(block.p), sizes(block.sizes) {}
+  explicit QuerySource(Block<C>& block) : block(block), p(block.p), sizes(block.sizes) { block.next = -kBlock; }
 
   int64_t start(int64_t begin, int64_t end) const {
     int64_t n = std::min(kBlock, end - begin);
@@ -184,7 +186,7 @@ struct QuerySource {
       block.local.raise(sizes, block.top);
       break;
     }
-    block.read_decay(end - n, n);
+    block.read_decay(end - n, n, false);
     return n;
   }
   // queries_out <- q - log z
@@ -205,7 +207,8 @@ struct QuerySource {
       block.read_raw_queries(t, n, h, block.queries_out);
       map_rows(p.feature_map, n, sizes.channels, block.queries_out, sizes.feature_stride, block.query_norms);
     }
-    block.read_gradients(t, n, h);
+    block.read_dn(t, n, h);
+    block.read_dz(t, n, h);
   }
   void add(int64_t n) const {
     if (block.decays()) block.scale_rows(n, block.queries_out, block.lead, block.queries_out);
@@ -252,7 +255,6 @@ void key_gradients(const LinearAttentionItem& item, int64_t begin, int64_t end, 
     block.read_state(state, n, block.panels, nullptr, block.decays() ? block.trail : nullptr);
     multiply<C, false>(n, sizes.features, sizes.width, reading, sizes.feature_stride, 1, state.kv, sizes.value_stride,
                        block.dvalues, sizes.value_stride);
-    std::fill(block.query_terms, block.query_terms + n, C{0});
     if (p.causal) {
       const Triangle<C> triangle{n, false};
       to_panels(n, sizes.features, block.keys, sizes.feature_stride, block.more_panels);
@@ -271,7 +273,7 @@ void key_gradients(const LinearAttentionItem& item, int64_t begin, int64_t end, 
       }
     }
     to_rows(n, sizes.features, block.columns, block.rows, sizes.feature_stride);
-    if (block.work.decay_terms) add_decay_terms(block, t, n);
+    block.add_decay_terms(t, n, block.keys, -1);
     chain_rows(p.has_maximum() ? FeatureMap::exponential : p.feature_map, n, sizes.channels, block.keys, block.rows,
                sizes.feature_stride, block.key_norms);
     block.clear_masked(t, n, block.rows);
@@ -283,19 +285,6 @@ void key_gradients(const LinearAttentionItem& item, int64_t begin, int64_t end, 
                row * sizes.channels, p.key_heads * sizes.channels);
     write_rows(p.dtype, n, sizes.values, block.dvalues, sizes.value_stride, block.work.dv, row * sizes.values,
                p.key_heads * sizes.values);
-  }
-}
-
-// decay_terms <- phi(q) . dphi(q) - phi(k) . dphi(k)
-template <class C>
-void add_decay_terms(const Block<C>& block, int64_t t, int64_t n) {
-  const LinearAttentionProblem& p = block.p;
-  for (int64_t i = 0; i < n; ++i) {
-    const int64_t row = block.sequence.batch * p.keys + block.sequence.key0 + t + i;
-    const C* const keys = block.keys + i * block.sizes.feature_stride;
-    const C* const d = block.rows + i * block.sizes.feature_stride;
-    block.work.decay_terms[row * p.key_heads + block.item.key_head] =
-        static_cast<double>(block.query_terms[i]) - static_cast<double>(dot(keys, d, block.sizes.features));
   }
 }
 
