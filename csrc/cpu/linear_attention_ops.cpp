@@ -259,7 +259,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_attention_back
   if (dkv) work.dkv = dense(*dkv, "dkv", {p.sequences, p.key_heads, p.features(), p.value_size}, compute);
   if (dkey_sum) work.dkey_sum = dense(*dkey_sum, "dkey_sum", {p.sequences, p.key_heads, p.features()}, compute);
 
-  const bool with_state = p.initial_kv != nullptr, with_decay = p.log_decay != nullptr;
+  // Not by their pointers: those of tensors without elements are null.
+  const bool with_state = initial_kv.has_value(), with_decay = log_decay.has_value();
   const Tensor none = new_tensor(q, {0}, q.scalar_type());
   Tensor dq = run.call.like(q), dk = run.call.like(k), dv = run.call.like(v);
   Tensor dlog_decay = with_decay ? run.call.like_decay() : none;
