@@ -48,6 +48,7 @@ struct LinearAttentionWork {
   void* dq = nullptr;
   void* dk = nullptr;
   void* dv = nullptr;
+  void* dz = nullptr;             // C [B, Tq, H]: the queries' pass leaves it to the keys'
   double* decay_terms = nullptr;  // [B, T, Hkv]: what dlog_decay is the reverse cumulative sum of
   void* dlog_decay = nullptr;     // C [B, T, Hkv]
   void* dinitial_kv = nullptr;

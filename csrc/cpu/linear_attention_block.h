@@ -32,6 +32,7 @@ struct Block {
   C *z, *dz, *shift, *lead, *trail;  // [kBlock]; lead: decay from the block's start to a token's end,
   C *top, *first;                                  // [Dk] trail: from there to the block's end
   double total_decay;
+  int64_t next = kBlock;  // from a token to its like in the next block
 
   static size_t bytes(const LinearAttentionProblem& p) {
     const Sizes<C> s(p);
@@ -134,11 +135,20 @@ struct Block {
     return true;
   }
 
-  void read_raw_keys(int64_t t, int64_t n, C* to) const {
-    read_rows(p.dtype, p.k, sequence.batch, sequence.key0 + t, item.key_head, n, sizes.channels, to + sizes.constants,
-              sizes.feature_stride);
-    read_rows(p.dtype, p.v, sequence.batch, sequence.key0 + t, item.key_head, n, sizes.values, values,
+  void read_head(const HeadTensor& from, int64_t token, int64_t head, int64_t n, int64_t size, C* to,
+                 int64_t stride) const {
+    const int64_t offset = sequence.batch * from.batch_stride + token * from.token_stride + head * from.head_stride;
+    read_rows(p.dtype, from.data, offset, from.token_stride, n, next, size, to, stride);
+  }
+  // Rows of out or dout.
+  void read_out(const void* from, int64_t t, int64_t h, int64_t n, C* to) const {
+    read_rows(p.dtype, from, query_row(t, h) * sizes.values, p.heads * sizes.values, n, next, sizes.values, to,
               sizes.value_stride);
+  }
+
+  void read_raw_keys(int64_t t, int64_t n, C* to) const {
+    read_head(p.k, sequence.key0 + t, item.key_head, n, sizes.channels, to + sizes.constants, sizes.feature_stride);
+    read_head(p.v, sequence.key0 + t, item.key_head, n, sizes.values, values, sizes.value_stride);
     for (int64_t i = 0; i < n && p.key_padding_mask; ++i) {
       if (!masked(t + i)) continue;
       C *const k = to + i * sizes.feature_stride, *const v = values + i * sizes.value_stride;
@@ -236,8 +246,7 @@ struct Block {
   }
 
   void read_raw_queries(int64_t t, int64_t n, int64_t h, C* to) const {
-    read_rows(p.dtype, p.q, sequence.batch, sequence.query0 + t, head(h), n, sizes.channels, to + sizes.constants,
-              sizes.feature_stride);
+    read_head(p.q, sequence.query0 + t, head(h), n, sizes.channels, to + sizes.constants, sizes.feature_stride);
   }
   int64_t query_row(int64_t t, int64_t h) const {
     return (sequence.batch * p.queries + sequence.query0 + t) * p.heads + head(h);
@@ -264,28 +273,40 @@ struct Block {
     return z < eps && z > -eps ? (z < 0 ? -eps : eps) : z;
   }
 
-  // dn and dz: gradients of the numerator and the denominator of queries t .. t + n - 1.
-  void read_gradients(int64_t t, int64_t n, int64_t h) const {
-    const int64_t offset = query_row(t, h) * sizes.values, step = p.heads * sizes.values;
-    if (!work.dout) {
-      std::fill(dn, dn + n * sizes.value_stride, C{0});
-      std::fill(dz, dz + n, C{0});
-      return;
-    }
-    read_rows(p.dtype, work.dout, offset, step, n, sizes.values, dn, sizes.value_stride);
-    if (p.divides())
-      read_rows(p.dtype, static_cast<const void*>(work.out), offset, step, n, sizes.values, rows, sizes.value_stride);
+  // dn: the gradient of the numerator of queries t .. t + n - 1.
+  void read_dn(int64_t t, int64_t n, int64_t h) const {
+    if (!work.dout) return std::fill(dn, dn + n * sizes.value_stride, C{0});
+    read_out(work.dout, t, h, n, dn);
     for (int64_t i = 0; i < n; ++i) {
-      C* const row = dn + i * sizes.value_stride;
-      C factor = p.normalize ? C{1} : static_cast<C>(p.scale);
-      dz[i] = 0;
-      if (p.divides()) {
-        const C own = p.has_maximum() ? C{1} : normalizer(t + i, h), safe = p.has_maximum() ? own : guarded(own);
-        factor = C{1} / safe;
-        if (own == safe || own != own) dz[i] = -factor * dot<C>(row, rows + i * sizes.value_stride, sizes.values);
-      }
-      if (factor != C{1}) each_vector(row, sizes.width, [&](int64_t, Vec<C> x) { return x * splat(factor); });
+      const bool divided = p.divides() && !p.has_maximum();
+      const C factor = divided ? C{1} / guarded(normalizer(t + i, h)) : p.normalize ? C{1} : static_cast<C>(p.scale);
+      if (factor == C{1}) continue;
+      each_vector(dn + i * sizes.value_stride, sizes.width, [&](int64_t, Vec<C> x) { return x * splat(factor); });
     }
+  }
+  // dz = -dn . out, of the denominator, for the keys' pass too. Added up in the order of dn . v: of a query with one
+  // key, whose out is v, they cancel to the bit.
+  void make_dz(int64_t t, int64_t n, int64_t h, const C* dn_panels) const {
+    std::fill(dz, dz + kBlock, C{0});
+    if (!p.divides() || !work.dout) return;
+    read_out(work.out, t, h, n, rows);
+    to_panels(n, sizes.values, rows, sizes.value_stride, more_panels);
+    for (int64_t x = 0; x < n; x += kPanel<C>) {
+      const C *a = dn_panels + x * sizes.values, *b = more_panels + x * sizes.values;
+      Vec<C> sums[2] = {};
+      for (int64_t y = 0; y < sizes.values; ++y, a += kPanel<C>, b += kPanel<C>)
+        for (int v = 0; v < 2; ++v) sums[v] += load(a + v * Simd<C>::lanes) * load(b + v * Simd<C>::lanes);
+      for (int v = 0; v < 2; ++v) store(dz + x + v * Simd<C>::lanes, -sums[v]);
+    }
+    for (int64_t i = 0; i < n; ++i) {
+      const C z = p.has_maximum() ? C{1} : normalizer(t + i, h), safe = p.has_maximum() ? z : guarded(z);
+      if (z != safe && z == z) dz[i] = 0;
+      saved_dz(t + i, h) = dz[i];
+    }
+  }
+  C& saved_dz(int64_t t, int64_t h) const { return static_cast<C*>(work.dz)[query_row(t, h)]; }
+  void read_dz(int64_t t, int64_t n, int64_t h) const {
+    for (int64_t i = 0; i < n; ++i) dz[i] = p.divides() && work.dout ? saved_dz(t + i, h) : C{0};
   }
   // decay_terms += sign phi . dphi, of features and rows.
   void add_decay_terms(int64_t t, int64_t n, const C* features, double sign) const {

@@ -269,6 +269,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_attention_back
   work.dv = data_of(dv);
   work.dinitial_kv = data_of(dinitial_kv);
   work.dinitial_key_sum = data_of(dinitial_key_sum);
+  const Memory dz(p.divides() ? p.batch * p.queries * p.heads * sizeof(double) : 0);
+  work.dz = dz.get();
   std::vector<double> terms(with_decay ? p.batch * p.keys * p.key_heads : 0);
   work.decay_terms = with_decay ? terms.data() : nullptr;
   work.dlog_decay = p.decay_per_token ? data_of(dlog_decay) : nullptr;

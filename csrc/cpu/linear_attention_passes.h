@@ -138,8 +138,9 @@ void query_gradients(const LinearAttentionItem& item, int64_t begin, int64_t end
     for (int64_t h = 0; h < block.heads(); ++h) {
       block.read_raw_queries(t, n, h, block.queries);
       block.map_queries(n, state->max, block.read_shift(t, n, h));
-      block.read_gradients(t, n, h);
+      block.read_dn(t, n, h);
       to_panels(n, sizes.values, block.dn, sizes.value_stride, block.panels);
+      block.make_dz(t, n, h, block.panels);
       block.read_state(*state, n, block.panels, block.dz, block.decays() ? block.lead : nullptr);
       if (p.causal) {
         triangle.score(sizes.values, block.values, sizes.value_stride, block.panels, block.dtile);
@@ -171,7 +172,7 @@ struct QuerySource {
   const LinearAttentionProblem& p;
   const Sizes<C>& sizes;
 
-  explicit QuerySource(Block<C>& block) : block(block), p(block.p), sizes(block.sizes) {}
+  explicit QuerySource(Block<C>& block) : block(block), p(block.p), sizes(block.sizes) { block.next = -kBlock; }
 
   int64_t start(int64_t begin, int64_t end) const {
     int64_t n = std::min(kBlock, end - begin);
@@ -206,7 +207,8 @@ struct QuerySource {
       block.read_raw_queries(t, n, h, block.queries_out);
       map_rows(p.feature_map, n, sizes.channels, block.queries_out, sizes.feature_stride, block.query_norms);
     }
-    block.read_gradients(t, n, h);
+    block.read_dn(t, n, h);
+    block.read_dz(t, n, h);
   }
   void add(int64_t n) const {
     if (block.decays()) block.scale_rows(n, block.queries_out, block.lead, block.queries_out);

@@ -29,21 +29,19 @@ struct Sizes {
         value_stride(row_stride<C>(p.value_size)) {}
 };
 
+// n rows of a tensor. Those of the next block, `next` rows further on, start on their way from memory: a head's rows lie
+// too far apart for the hardware to guess them.
 template <class C>
-void read_rows(DType dtype, const void* data, int64_t offset, int64_t step, int64_t n, int64_t size, C* to,
+void read_rows(DType dtype, const void* data, int64_t offset, int64_t step, int64_t n, int64_t next, int64_t size, C* to,
                int64_t stride) {
-  constexpr int64_t lanes = kPanel<C>;
   with_stored<C>(dtype, [&](auto* type) {
     const auto* from = static_cast<decltype(type)>(data) + offset;
-    for (int64_t i = 0; i < n; ++i)
-      load_row(from + i * step, size, (size + lanes - 1) / lanes * lanes, C{0}, to + i * stride);
+    const int64_t line = 64 / sizeof(*type);
+    for (int64_t i = 0; i < n; ++i) {
+      for (int64_t x = 0; x < size; x += line) __builtin_prefetch(from + (i + next) * step + x, 0, 2);
+      load_row(from + i * step, size, padded_to_panel<C>(size), C{0}, to + i * stride);
+    }
   });
-}
-template <class C>
-void read_rows(DType dtype, const HeadTensor& tensor, int64_t b, int64_t t, int64_t head, int64_t n, int64_t size,
-               C* to, int64_t stride) {
-  const int64_t offset = b * tensor.batch_stride + t * tensor.token_stride + head * tensor.head_stride;
-  read_rows(dtype, tensor.data, offset, tensor.token_stride, n, size, to, stride);
 }
 
 template <class C>

@@ -83,12 +83,12 @@ struct State {
     multiply<C, true>(sizes.features, n, sizes.width, rows, 1, sizes.feature_stride, y, sizes.value_stride, kv,
                       sizes.value_stride);
     for (int64_t d = 0; d < sizes.features; d += Simd<C>::lanes) {
-      Vec<C> total = load(sum + d);
+      Vec<C> total = {};
       for (int64_t i = 0; i < n; ++i) {
         const Vec<C> x = load(rows + i * sizes.feature_stride + d);
         total += w ? x * splat(w[i]) : x;
       }
-      store(sum + d, total);
+      store(sum + d, load(sum + d) + total);
     }
   }
 

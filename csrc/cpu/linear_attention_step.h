@@ -25,11 +25,15 @@ struct Step {
     for (C** to : {&value, &sums}) *to = arena.take<C>(sizes.value_stride);
   }
 
+  void read(const HeadTensor& from, int64_t head, int64_t size, C* to) const {
+    const int64_t offset = item.sequence->batch * from.batch_stride + head * from.head_stride;
+    read_rows(p.dtype, from.data, offset, 0, 1, 0, size, to, 0);
+  }
+
   // key <- phi(k), factors <- what scales the channels of the state.
   void read_key() const {
-    read_rows(p.dtype, p.k, item.sequence->batch, 0, item.key_head, 1, sizes.channels, key + sizes.constants,
-              sizes.feature_stride);
-    read_rows(p.dtype, p.v, item.sequence->batch, 0, item.key_head, 1, sizes.values, value, sizes.value_stride);
+    read(p.k, item.key_head, sizes.channels, key + sizes.constants);
+    read(p.v, item.key_head, sizes.values, value);
     C decay = 1;
     if (p.log_decay) {
       const int64_t row = p.decay_per_token ? item.sequence->batch * p.key_heads : 0;
@@ -51,8 +55,7 @@ struct Step {
 
   // query <- phi(q); returns what its scores are scaled by, as a logarithm.
   C read_query(int64_t head) const {
-    read_rows(p.dtype, p.q, item.sequence->batch, 0, head, 1, sizes.channels, query + sizes.constants,
-              sizes.feature_stride);
+    read(p.q, head, sizes.channels, query + sizes.constants);
     if (!p.has_maximum()) {
       C norm;
       map_rows(p.feature_map, 1, sizes.channels, query, sizes.feature_stride, &norm);
