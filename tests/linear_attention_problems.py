@@ -272,8 +272,8 @@ def upstream(problem):
     return weights
 
 
-def check_forward(problem, call=ours):
-    found = call(problem)
+def check_forward(problem):
+    found = ours(problem)
     narrow, exact = plain(problem.to(torch.float32)), plain(problem.to(torch.float64))
     wide = torch.float64 if problem.q.dtype == torch.float64 else torch.float32
     assert found[0].dtype == problem.q.dtype and found[0].is_contiguous()
@@ -331,17 +331,17 @@ def half_gradients(problem, weights):
     return [x if name in same else x + more[name] for name, x in zip(names, found, strict=True)]
 
 
-def check_backward(problem, outputs=OUTPUTS, call=ours):
-    """Gradients of some of the outputs; every number has its own upstream gradient."""
+def check_backward(problem, outputs=OUTPUTS, floor=0.0):
+    """Gradients of some of the outputs; every number has its own upstream gradient. `floor`: of the rounding level."""
     types = (problem.q.dtype, torch.float32, torch.float32)  # what flows back into a result has its dtype
     weights = [w.to(t).float() for w, t in zip(upstream(problem), types, strict=True)]
     weights = [w if name in outputs else None for name, w in zip(OUTPUTS, weights, strict=True)]
-    own = gradients(call, problem, weights)
+    own = gradients(ours, problem, weights)
     exact = gradients(plain, problem, weights, torch.float64)
     half = problem.q.dtype in (torch.float16, torch.bfloat16)
     narrow = half_gradients(problem, weights) if half else gradients(plain, problem, weights, torch.float32)
     names = [name for name, x in zip(INPUTS, problem.inputs, strict=True) if x is not None]
-    level = max(rounding_level(*pair) for pair in zip(narrow, exact, strict=True))
+    level = max(floor, *(rounding_level(*pair) for pair in zip(narrow, exact, strict=True)))
     for name, *results in zip(names, own, narrow, exact, strict=True):
         # The kernels take dlog_decay by a formula whose sums over tokens round more than autograd's.
         formula = decay_gradient(problem, weights, torch.float32) if name == "log_decay" else results[1]
