@@ -31,7 +31,7 @@ from torch.nn import functional as F  # noqa: N812  (torch's own name for it)
 BATCH_SIZE = 16
 LENGTH = 256  # bytes of a training text
 LEARNING_RATE = 4e-3
-TEMPERATURE = 0.5
+TEMPERATURE = 0.6
 INDENT = b"    "  # one byte to the model, for a model of a minute does not count spaces
 SHOWN = 1500  # bytes of the text that are printed
 CHECKED = 1024  # bytes whose scores are compared with a pass over the whole text

@@ -13,8 +13,10 @@ from fastnlp_ops import LinearAttention
 WIDTH = 128
 HEADS = 4
 LAYERS = 2
-WINDOW = 8  # bytes that a position sees without attention: sums have no order, neighbours need one
 BYTES = 256
+WINDOW = 6  # bytes that a position sees without attention: sums have no order, neighbours need one
+BUCKETS = 1 << 12  # for the last byte, the last two, ..., the last six
+FACTORS = torch.tensor([1_000_003**i % (1 << 31) for i in range(WINDOW)])  # of a hash: any large odd numbers do
 
 
 class SoftmaxAttention(nn.MultiheadAttention):
@@ -73,15 +75,16 @@ class StreamModel(nn.Module):
 
     def __init__(self, attention: type[nn.MultiheadAttention] = LinearAttention) -> None:
         super().__init__()
-        self.embedding = nn.Embedding(WINDOW * BYTES, WIDTH)  # of a byte and how long ago it was
-        nn.init.normal_(self.embedding.weight, std=WINDOW**-0.5)
+        self.embedding = nn.Embedding(WINDOW * BUCKETS, WIDTH)
+        nn.init.normal_(self.embedding.weight, std=0.1)  # small: what was never seen is to say little
         self.blocks = nn.ModuleList(Block(attention) for _ in range(LAYERS))
         self.norm = nn.LayerNorm(WIDTH)
         self.output = nn.Linear(WIDTH, BYTES)
 
     def embed(self, windows: Tensor) -> Tensor:
-        """[..., WINDOW] bytes, the last is the current one."""
-        return self.embedding(windows + BYTES * torch.arange(WINDOW)).sum(-2)
+        """[..., WINDOW] bytes, the last is the current one, to [..., WIDTH]."""
+        ends = (windows.flip(-1) * FACTORS).cumsum(-1) % BUCKETS  # of one byte, of two, ...
+        return self.embedding(ends + BUCKETS * torch.arange(WINDOW)).sum(-2)
 
     def forward(self, tokens: Tensor) -> Tensor:
         return self.prefill(tokens)[0]
