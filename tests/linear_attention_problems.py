@@ -46,7 +46,7 @@ LAYOUTS = {
     "one_value": {"B": 2, "T": 37, "H": 3, "Dk": 5, "Dv": 1},
     "wide": {"B": 1, "T": 34, "H": 2, "Dk": 256, "Dv": 128, "causal": True},
     "wide_both": {"B": 1, "T": 34, "H": 2, "Dk": 128, "Dv": 256, "mask": "left"},
-    "no_sequence": {"B": 0, "T": 6, "H": 3, "Dk": 4, "Dv": 5, "causal": True},
+    "no_sequence": {"B": 0, "T": 6, "H": 3, "Dk": 4, "Dv": 5, "causal": True, "state": True},
     "no_token": {"B": 2, "T": 0, "H": 3, "Dk": 4, "Dv": 5, "causal": True, "state": True},
     "no_key": {"B": 2, "T": 7, "keys": 0, "H": 2, "Dk": 4, "Dv": 5},
     "no_query": {"B": 2, "T": 0, "keys": 9, "H": 2, "Dk": 4, "Dv": 5},
@@ -63,6 +63,13 @@ CASES = {
     for name in FEATURE_MAPS
     if not ("decay" in options and name in EXPONENTIAL)
 }
+
+
+def cases(layouts, names=FEATURE_MAPS):
+    """Those of the layouts with these maps that there are."""
+    return [f"{layout}-{name}" for layout in layouts for name in names if f"{layout}-{name}" in CASES]
+
+
 INPUTS = ["q", "k", "v", "log_decay", "initial kv", "initial key_sum"]
 OUTPUTS = ["out", "kv", "key_sum"]
 
@@ -265,8 +272,8 @@ def upstream(problem):
     return weights
 
 
-def check_forward(problem, call=ours):
-    found = call(problem)
+def check_forward(problem):
+    found = ours(problem)
     narrow, exact = plain(problem.to(torch.float32)), plain(problem.to(torch.float64))
     wide = torch.float64 if problem.q.dtype == torch.float64 else torch.float32
     assert found[0].dtype == problem.q.dtype and found[0].is_contiguous()
@@ -304,15 +311,39 @@ def decay_gradient(problem, weights, dtype):
     return total.sum((0, 1)) if problem.log_decay.dim() == 1 else total
 
 
-def check_backward(problem, outputs=OUTPUTS, call=ours):
-    """Gradients of some of the outputs; every number has its own upstream gradient."""
-    weights = [w.float() if name in outputs else None for name, w in zip(OUTPUTS, upstream(problem), strict=True)]
-    own = gradients(call, problem, weights)
-    narrow, exact = (gradients(plain, problem, weights, dtype) for dtype in (torch.float32, torch.float64))
+def half_gradients(problem, weights):
+    """Gradients by the formula dz = -(dout . out) / z with an output that has been rounded to half precision."""
+    found, wide = gradients(plain, problem, weights, torch.float32), problem.to(torch.float32)
+    if not wide.normalize or wide.kernel_map == "softmax" or weights[0] is None:
+        return found
+    out = plain(wide)[0]
+    ones = torch.ones_like(wide.v[..., :1])
+    kv = None if wide.kv is None else wide.key_sum[..., None]
+    sums = dataclasses.replace(wide, v=ones, kv=kv, normalize=False, scale=1.0)  # its output is z
+    z = plain(sums)[0]
+    change = (weights[0] * (out - out.to(problem.q.dtype))).sum(-1, keepdim=True) / z
+    more = gradients(plain, sums, [torch.where(z.abs() < wide.eps, 0, change)])
     names = [name for name, x in zip(INPUTS, problem.inputs, strict=True) if x is not None]
-    level = max(rounding_level(*pair) for pair in zip(narrow, exact, strict=True))
+    same = {"v", "initial kv"}
+    more = dict(zip(names, more, strict=True))
+    if kv is not None:
+        more["initial key_sum"] = more["initial kv"][..., 0]
+    return [x if name in same else x + more[name] for name, x in zip(names, found, strict=True)]
+
+
+def check_backward(problem, outputs=OUTPUTS, floor=0.0):
+    """Gradients of some of the outputs; every number has its own upstream gradient. `floor`: of the rounding level."""
+    types = (problem.q.dtype, torch.float32, torch.float32)  # what flows back into a result has its dtype
+    weights = [w.to(t).float() for w, t in zip(upstream(problem), types, strict=True)]
+    weights = [w if name in outputs else None for name, w in zip(OUTPUTS, weights, strict=True)]
+    own = gradients(ours, problem, weights)
+    exact = gradients(plain, problem, weights, torch.float64)
+    half = problem.q.dtype in (torch.float16, torch.bfloat16)
+    narrow = half_gradients(problem, weights) if half else gradients(plain, problem, weights, torch.float32)
+    names = [name for name, x in zip(INPUTS, problem.inputs, strict=True) if x is not None]
+    level = max(floor, *(rounding_level(*pair) for pair in zip(narrow, exact, strict=True)))
     for name, *results in zip(names, own, narrow, exact, strict=True):
-        # The kernels take dlog_decay by its formula, whose sums over tokens round more than autograd's.
+        # The kernels take dlog_decay by a formula whose sums over tokens round more than autograd's.
         formula = decay_gradient(problem, weights, torch.float32) if name == "log_decay" else results[1]
         assert_within_budget(*results, f"d{name}", max(level, rounding_level(formula, results[2])))
     for x, found in zip((x for x in problem.inputs if x is not None), own, strict=True):
@@ -340,3 +371,12 @@ def outputs(problem, leaves=None):
 def assert_all_same(found, expected, what="result"):
     for index, (own, other) in enumerate(zip(found, expected, strict=True)):
         assert_same(own, other, f"{what} {index}")
+
+
+def third_derivative(call, problem):
+    problem, leaves = problem.leaves()
+    value = sum(x.sin().sum() for x in call(problem)[:3])
+    for _ in range(3):
+        slopes = torch.autograd.grad(value, leaves, create_graph=True, allow_unused=True, materialize_grads=True)
+        value = sum(slope.sin().sum() for slope in slopes)
+    return slopes

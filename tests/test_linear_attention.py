@@ -10,6 +10,7 @@ from linear_attention_problems import (
     CASES,
     assert_all_same,
     attention,
+    cases,
     check_backward,
     check_forward,
     kernel_arguments,
@@ -18,6 +19,7 @@ from linear_attention_problems import (
     outputs,
     plain,
     small_problem,
+    third_derivative,
 )
 
 import fastnlp_ops
@@ -48,7 +50,7 @@ def test_backward_of_some(case, outputs, device):
 
 LAYOUTS = ["odd", "odd_both", "holes", "cross", "grouped", "sums", "sums_both", "packed_state", "packed_cross"]
 LAYOUTS += ["decay", "gate_state", "gate_sums", "state", "state_both"]
-SMALL = [f"{layout}-{name}" for layout in LAYOUTS for name in FEATURE_MAPS if f"{layout}-{name}" in CASES]
+SMALL = cases(LAYOUTS)
 
 
 def as_function(problem):
@@ -72,15 +74,6 @@ def test_gradcheck(case, device):
 def test_gradgradcheck(case, device):
     problem, leaves = small_problem(case, device).leaves()
     assert torch.autograd.gradgradcheck(as_function(problem), leaves, fast_mode=True)
-
-
-def third_derivative(call, problem):
-    problem, leaves = problem.leaves()
-    value = sum(x.sin().sum() for x in call(problem)[:3])
-    for _ in range(3):
-        slopes = torch.autograd.grad(value, leaves, create_graph=True, allow_unused=True, materialize_grads=True)
-        value = sum(slope.sin().sum() for slope in slopes)
-    return slopes
 
 
 @pytest.mark.parametrize("case", ["gate_state-elu+1", "packed_cross-exp", "state_both-softmax", "odd-relu^2"])
