@@ -24,13 +24,13 @@ struct Block {
 
   // Rows [kBlock, feature_stride]: features as the other side of a tile meets them, and as they enter local.
   C *keys, *keys_out, *queries, *queries_out;
-  C *values, *dn, *rows, *dvalues;                 // [kBlock, value_stride], rows also of features
-  C* columns;                                      // [F, kBlock]
-  C *panels, *more_panels;                         // of rows of either kind
-  C *tile, *dtile, *weights;                       // [kBlock, kBlock]
-  C *key_norms, *query_norms;                      // of cosine+1
+  C *values, *dn, *rows, *dvalues;   // [kBlock, value_stride], rows also of features
+  C* columns;                        // [F, kBlock]
+  C *panels, *more_panels;           // of rows of either kind
+  C *tile, *dtile, *weights;         // [kBlock, kBlock]
+  C *key_norms, *query_norms;        // of cosine+1
   C *z, *dz, *shift, *lead, *trail;  // [kBlock]; lead: decay from the block's start to a token's end,
-  C *top, *first;                                  // [Dk] trail: from there to the block's end
+  C *top, *first;                    // [Dk] trail: from there to the block's end
   double total_decay;
   int64_t next = kBlock;  // from a token to its like in the next block
 

@@ -259,12 +259,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_attention_back
   if (dkv) work.dkv = dense(*dkv, "dkv", {p.sequences, p.key_heads, p.features(), p.value_size}, compute);
   if (dkey_sum) work.dkey_sum = dense(*dkey_sum, "dkey_sum", {p.sequences, p.key_heads, p.features()}, compute);
 
-  // Not by their pointers: those of tensors without elements are null.
   const bool with_state = initial_kv.has_value(), with_decay = log_decay.has_value();
-  const Tensor none = new_tensor(q, {0}, q.scalar_type());
+  const auto none = [&] { return new_tensor(q, {0}, q.scalar_type()); };
   Tensor dq = run.call.like(q), dk = run.call.like(k), dv = run.call.like(v);
-  Tensor dlog_decay = with_decay ? run.call.like_decay() : none;
-  Tensor dinitial_kv = with_state ? run.call.kv() : none, dinitial_key_sum = with_state ? run.call.key_sum() : none;
+  Tensor dlog_decay = with_decay ? run.call.like_decay() : none();
+  Tensor dinitial_kv = with_state ? run.call.kv() : none(), dinitial_key_sum = with_state ? run.call.key_sum() : none();
   work.dq = data_of(dq);
   work.dk = data_of(dk);
   work.dv = data_of(dv);

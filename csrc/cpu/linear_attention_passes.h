@@ -53,22 +53,23 @@ void largest_scores(const Block<C>& block, int64_t n, const C* max) {
   }
 }
 
-// rows <- out, from numerators; z is complete.
+// rows <- out, from numerators; z is complete. Divided, not multiplied by an inverse: where a query has one key, out is
+// v then, and its gradient cancels.
 template <class C>
 void write_out(const Block<C>& block, int64_t t, int64_t n, int64_t h) {
   const LinearAttentionProblem& p = block.p;
   const bool exponential = p.feature_map == FeatureMap::exponential;
   for (int64_t i = 0; i < n; ++i) {
+    C* const row = block.rows + i * block.sizes.value_stride;
     const C z = block.z[i];
-    C factor = p.normalize ? C{1} : static_cast<C>(p.scale);
-    if (p.divides() && exponential)
-      factor = z == 0 ? C{0} : C{1} / z;
-    else if (p.divides())
-      factor = C{1} / block.guarded(z);
-    else if (exponential)
-      factor *= std::exp(block.shift[i]);
-    each_vector(block.rows + i * block.sizes.value_stride, block.sizes.width,
-                [&](int64_t, Vec<C> x) { return x * splat(factor); });
+    if (p.divides()) {
+      const Vec<C> divisor = splat(exponential ? (z == 0 ? C{1} : z) : block.guarded(z));
+      each_vector(row, block.sizes.width, [&](int64_t, Vec<C> x) { return x / divisor; });
+    } else {
+      const C scale = p.normalize ? C{1} : static_cast<C>(p.scale);
+      const Vec<C> factor = splat(exponential ? scale * std::exp(block.shift[i]) : scale);
+      each_vector(row, block.sizes.width, [&](int64_t, Vec<C> x) { return x * factor; });
+    }
     if (block.work.normalizer) block.normalizer(t + i, h) = exponential ? block.shift[i] + std::log(z) : z;
   }
   write_rows(p.dtype, n, block.sizes.values, block.rows, block.sizes.value_stride, block.work.out,

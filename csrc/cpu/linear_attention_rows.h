@@ -29,11 +29,11 @@ struct Sizes {
         value_stride(row_stride<C>(p.value_size)) {}
 };
 
-// n rows of a tensor. Those of the next block, `next` rows further on, start on their way from memory: a head's rows lie
-// too far apart for the hardware to guess them.
+// n rows of a tensor. Those of the next block, `next` rows further on, start on their way from memory: a head's rows
+// lie too far apart for the hardware to guess them.
 template <class C>
-void read_rows(DType dtype, const void* data, int64_t offset, int64_t step, int64_t n, int64_t next, int64_t size, C* to,
-               int64_t stride) {
+void read_rows(DType dtype, const void* data, int64_t offset, int64_t step, int64_t n, int64_t next, int64_t size,
+               C* to, int64_t stride) {
   with_stored<C>(dtype, [&](auto* type) {
     const auto* from = static_cast<decltype(type)>(data) + offset;
     const int64_t line = 64 / sizeof(*type);
