@@ -164,8 +164,9 @@ def accuracy(device: str) -> list[Accuracy]:
     with torch.no_grad():
         for t in range(8192):
             last = fastnlp_ops.linear_attention_step(q[:, t], k[:, t], v[:, t], empty)
-    # A rounding of the result to bfloat16 is 2^-9 of it.
-    found.append(Accuracy("8192 steps in bfloat16", OURS, relative(last, exact[:, -1]).item(), 2**-9 + 1e-4))
+    # Rounding the result to bfloat16 is 0.0016 of it already.
+    error = (last.double() - exact[:, -1]).norm() / exact[:, -1].norm()
+    found.append(Accuracy("8192 steps in bfloat16", OURS, error.item(), 2e-3))
     return found
 
 
