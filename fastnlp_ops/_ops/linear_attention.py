@@ -111,8 +111,7 @@ class _Eager(torch.autograd.Function):
 def run(inputs: Sequence[Any]) -> tuple[Tensor, ...]:
     """The op, for eager training by the shorter way."""
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        asked = any(x is not None and x.requires_grad for x in inputs[:-_OPTIONS])
-        if asked and not torch._C._are_functorch_transforms_active():
+        if any(x is not None and x.requires_grad for x in inputs[:-_OPTIONS]):
             return _Eager.apply(*inputs)
     return _OPS.linear_attention(*inputs)
 
