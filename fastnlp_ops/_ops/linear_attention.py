@@ -110,9 +110,9 @@ class _Eager(torch.autograd.Function):
 
 def run(inputs: Sequence[Any]) -> tuple[Tensor, ...]:
     """The op, for eager training by the shorter way."""
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        if any(x is not None and x.requires_grad for x in inputs[:-_OPTIONS]):
-            return _Eager.apply(*inputs)
+    asked = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs[:-_OPTIONS])
+    if asked and not torch.compiler.is_compiling():
+        return _Eager.apply(*inputs)
     return _OPS.linear_attention(*inputs)
 
 
