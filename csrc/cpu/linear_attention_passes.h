@@ -103,7 +103,7 @@ void forward(const LinearAttentionItem& item, int64_t begin, int64_t end, const 
         reading = block.queries_out;
       }
       multiply<C, false>(n, sizes.features, sizes.width, reading, sizes.feature_stride, 1, state->kv,
-                         sizes.value_stride, block.rows, sizes.value_stride);
+                         sizes.value_stride, block.rows, sizes.value_stride, block.ahead);
       for (int64_t i = 0; i < n && p.divides(); ++i)
         block.z[i] = dot(reading + i * sizes.feature_stride, static_cast<const C*>(state->sum), sizes.features);
       if (p.causal) {
@@ -148,7 +148,7 @@ void query_gradients(const LinearAttentionItem& item, int64_t begin, int64_t end
         triangle.finish(nullptr, block.dz, block.decay_weights(), block.dtile, nullptr);
         triangle.add_transposed(sizes.features, keys, sizes.feature_stride, block.dtile, block.columns);
       } else {
-        block.local.add(sizes, n, block.queries, block.dn, block.dz);
+        block.local.add(sizes, n, block.queries, block.dn, block.dz, block.ahead);
       }
       to_rows(n, sizes.features, block.columns, block.rows, sizes.feature_stride);
       block.add_decay_terms(t, n, block.queries, 1);
@@ -213,7 +213,7 @@ struct QuerySource {
   }
   void add(int64_t n) const {
     if (block.decays()) block.scale_rows(n, block.queries_out, block.lead, block.queries_out);
-    block.local.add(sizes, n, block.queries_out, block.dn, block.dz);
+    block.local.add(sizes, n, block.queries_out, block.dn, block.dz, block.ahead);
   }
 };
 
@@ -231,6 +231,25 @@ void query_sums(const LinearAttentionItem& item, int64_t begin, int64_t end, con
   }
 }
 
+// dk and dv from rows and dvalues; zeros for masked keys, whatever stands there.
+template <class C>
+void write_key_gradients(const Block<C>& block, int64_t t, int64_t n) {
+  const LinearAttentionProblem& p = block.p;
+  const Sizes<C>& sizes = block.sizes;
+  for (int64_t i = 0; i < n; ++i) {
+    if (!block.masked(t + i)) continue;
+    C *const k = block.rows + i * sizes.feature_stride, *const v = block.dvalues + i * sizes.value_stride;
+    std::fill(k, k + sizes.features, C{0});
+    std::fill(v, v + sizes.width, C{0});
+  }
+  const int64_t token = block.sequence.batch * p.keys + block.sequence.key0 + t;
+  const int64_t row = token * p.key_heads + block.item.key_head;
+  write_rows(p.dtype, n, sizes.channels, block.rows + sizes.constants, sizes.feature_stride, block.work.dk,
+             row * sizes.channels, p.key_heads * sizes.channels);
+  write_rows(p.dtype, n, sizes.values, block.dvalues, sizes.value_stride, block.work.dv, row * sizes.values,
+             p.key_heads * sizes.values);
+}
+
 template <class C>
 void key_gradients(const LinearAttentionItem& item, int64_t begin, int64_t end, const void* base, void* local,
                    void* scratch) {
@@ -241,6 +260,10 @@ void key_gradients(const LinearAttentionItem& item, int64_t begin, int64_t end, 
   for (int64_t n; end > begin; end -= n) {
     n = p.causal ? source.start(begin, end) : std::min(kBlock, end - begin);
     const int64_t t = end - n;
+    if (!p.causal && block.all_masked(t, n)) {
+      write_key_gradients(block, t, n);
+      continue;
+    }
     const State<C>& state = p.causal ? block.state() : block.base;
     block.read_raw_keys(t, n, block.keys);
     if (p.has_maximum())
@@ -255,7 +278,7 @@ void key_gradients(const LinearAttentionItem& item, int64_t begin, int64_t end, 
     to_panels(n, sizes.values, block.values, sizes.value_stride, block.panels);
     block.read_state(state, n, block.panels, nullptr, block.decays() ? block.trail : nullptr);
     multiply<C, false>(n, sizes.features, sizes.width, reading, sizes.feature_stride, 1, state.kv, sizes.value_stride,
-                       block.dvalues, sizes.value_stride);
+                       block.dvalues, sizes.value_stride, block.ahead);
     if (p.causal) {
       const Triangle<C> triangle{n, false};
       to_panels(n, sizes.features, block.keys, sizes.feature_stride, block.more_panels);
@@ -277,15 +300,7 @@ void key_gradients(const LinearAttentionItem& item, int64_t begin, int64_t end, 
     block.add_decay_terms(t, n, block.keys, -1);
     chain_rows(p.has_maximum() ? FeatureMap::exponential : p.feature_map, n, sizes.channels, block.keys, block.rows,
                sizes.feature_stride, block.key_norms);
-    block.clear_masked(t, n, block.rows);
-    for (int64_t i = 0; i < n; ++i)
-      if (block.masked(t + i))
-        std::fill(block.dvalues + i * sizes.value_stride, block.dvalues + i * sizes.value_stride + sizes.width, C{0});
-    const int64_t row = (block.sequence.batch * p.keys + block.sequence.key0 + t) * p.key_heads + item.key_head;
-    write_rows(p.dtype, n, sizes.channels, block.rows + sizes.constants, sizes.feature_stride, block.work.dk,
-               row * sizes.channels, p.key_heads * sizes.channels);
-    write_rows(p.dtype, n, sizes.values, block.dvalues, sizes.value_stride, block.work.dv, row * sizes.values,
-               p.key_heads * sizes.values);
+    write_key_gradients(block, t, n);
   }
 }
 
