@@ -64,11 +64,12 @@ STABLE_TORCH_LIBRARY(fastnlp_ops, m) {
 #define SPAN_GRADIENTS "(Tensor dq, Tensor dk, Tensor dstart_bias, Tensor dend_bias)"
   m.def("global_pointer_scores(Tensor q, Tensor k, " SPAN_OPTIONS ") -> Tensor");
   m.def("global_pointer_scores_backward(Tensor dscores, Tensor q, Tensor k, " SPAN_OPTIONS ") -> " SPAN_GRADIENTS);
+  // `saved` is what the backward pass can use beside the inputs (global_pointer_ops.cpp); it may be empty.
   m.def("global_pointer_loss(Tensor q, Tensor k, Tensor cells, " SPAN_OPTIONS
-        ") -> (Tensor log_negative, Tensor log_positive)");
+        ", bool save_gradients) -> (Tensor log_negative, Tensor log_positive, Tensor saved)");
   m.def(
-      "global_pointer_loss_backward(Tensor dloss, Tensor log_negative, Tensor log_positive, Tensor q, Tensor k, "
-      "Tensor cells, " SPAN_OPTIONS ") -> " SPAN_GRADIENTS);
+      "global_pointer_loss_backward(Tensor dloss, Tensor log_negative, Tensor log_positive, Tensor saved, Tensor q, "
+      "Tensor k, Tensor cells, " SPAN_OPTIONS ") -> " SPAN_GRADIENTS);
   m.def(
       "global_pointer_divergence(Tensor q1, Tensor k1, Tensor? start_bias1, Tensor? end_bias1, Tensor q2, Tensor "
       "k2, " SPAN_OPTIONS ") -> Tensor");

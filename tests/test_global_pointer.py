@@ -192,7 +192,7 @@ def op_arguments(problem):
     labelling = (problem.labels, problem.mask, B, H, n, True, 3, True)
     with torch.no_grad():
         cells = ops.global_pointer_cells(*labelling)
-        sums = ops.global_pointer_loss(q, k, cells, start, end, *tail)
+        *sums, saved = ops.global_pointer_loss(q, k, cells, start, end, *tail, True)
         dscores = torch.randn_like(ops.global_pointer_scores(*first, *tail))
         spans, found = ops.global_pointer_decode(*first, *tail, 0.0)
     dloss = torch.randn_like(sums[0])
@@ -203,8 +203,8 @@ def op_arguments(problem):
         "global_pointer_scores": (*first, *tail),
         "global_pointer_scores_backward": (dscores, *first, *tail),
         "global_pointer_scores_double_backward": (dscores, *cotangents[:4], *still[:4], *tail),
-        "global_pointer_loss": (q, k, cells, start, end, *tail),
-        "global_pointer_loss_backward": (dloss, *sums, *labelled),
+        "global_pointer_loss": (q, k, cells, start, end, *tail, True),
+        "global_pointer_loss_backward": (dloss, *sums, saved, *labelled),
         "global_pointer_loss_double_backward": (dloss, *cotangents[:4], *sums, *labelled),
         "global_pointer_divergence": (*first, *second, *tail),
         "global_pointer_divergence_backward": (dloss, *still, *tail),

@@ -200,10 +200,11 @@ struct Packed {
   // Gradients of q or k as they are summed up, [width] for each of the tokens begin .. end - 1, become rows of dq or
   // dk; masked tokens in between get zeros. Overwrites `rows`.
   void write_rows(C* rows, int64_t begin, int64_t end, C scale, void* to) const {
-    with_stored<C>(p.dtype, [&](auto* type) {
+    with_stored<C>(work.gradients.dtype, [&](auto* type) {
       using S = std::remove_const_t<std::remove_pointer_t<decltype(type)>>;
       const auto at = [&](int64_t position) {
-        return static_cast<S*>(to) + ((sequence.index * p.length + position) * p.dot_heads + dot_head) * p.size;
+        return static_cast<S*>(to) +
+               ((sequence.index * p.length + position) * p.dot_heads + dot_head) * work.gradients.stride;
       };
       int64_t next = sequence.owned_from(begin);
       const auto skip_to = [&](int64_t position) {
@@ -221,7 +222,7 @@ struct Packed {
 
   // The same for the gradient of the bias of one head.
   void write_bias(const C* values, int64_t of_item, int64_t begin, int64_t end, void* to) const {
-    with_stored<C>(p.dtype, [&](auto* type) {
+    with_stored<C>(work.gradients.dtype, [&](auto* type) {
       using S = std::remove_const_t<std::remove_pointer_t<decltype(type)>>;
       S* column = static_cast<S*>(to) + sequence.index * p.length * p.heads + head(of_item);
       int64_t next = sequence.owned_from(begin);
