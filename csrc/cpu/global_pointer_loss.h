@@ -203,10 +203,12 @@ void loss(const SpanItem* items, const SpanPart& part, void* scratch, SpanSums* 
   if (!part.starts && !part.ends) return;
   const GlobalPointerWork& work = packed.work;
   const int64_t row = packed.sequence.index * packed.p.heads + packed.dot_head;
-  if (work.log_negative)
-    gradients.finish(static_cast<const C*>(work.log_negative)[row], static_cast<const C*>(work.log_positive)[row]);
-  else
-    gradients.finish(log_one_plus(&sums->negative, 1), log_one_plus(&sums->positive, 1));
+  // The caller wants no gradient of a sum that it calls infinite.
+  const auto log_of = [&](const LogSum& sum, const void* given) {
+    const bool none = given && static_cast<const C*>(given)[row] == static_cast<C>(INFINITY);
+    return none ? static_cast<double>(INFINITY) : log_one_plus(&sum, 1);
+  };
+  gradients.finish(log_of(sums->negative, work.log_negative), log_of(sums->positive, work.log_positive));
 }
 
 template <class C>

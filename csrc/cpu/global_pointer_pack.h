@@ -55,6 +55,13 @@ FASTNLP_INLINE Simd<double>::V each_twice(Simd<double>::V x, bool upper) {
   return upper ? __builtin_shuffle(x, Simd<double>::I{2, 2, 3, 3}) : __builtin_shuffle(x, Simd<double>::I{0, 0, 1, 1});
 }
 
+// Rows of a head are far apart in q and k: this one is fetched while those before it are worked on.
+constexpr int64_t kRowsAhead = 16;
+template <class S>
+FASTNLP_INLINE void prefetch_row(const S* row, int64_t n) {
+  for (int64_t x = 0; x < n; x += 64 / static_cast<int64_t>(sizeof(S))) __builtin_prefetch(row + x);
+}
+
 // Each pair of a row is turned, (x0, x1) -> scale (x0 cos - x1 sin, x1 cos + x0 sin), by -sin where BACK.
 template <bool BACK, class C>
 FASTNLP_INLINE void rotate(C* row, int64_t width, const C* cosines, const C* sines, C scale) {
@@ -172,6 +179,7 @@ struct Packed {
   void pack_rows(const S* data, const SpanTensor& tensor, C scale, C* to, int64_t begin, int64_t end) const {
     for (int64_t t = begin; t < end; ++t) {
       C* row = to + t * width;
+      if (t + kRowsAhead < end) prefetch_row(data + offset(tensor, t + kRowsAhead, dot_head), p.size);
       load_row(data + offset(tensor, t, dot_head), p.size, width, C{0}, row);
       turn<false>(row, t, scale);
     }
@@ -212,6 +220,7 @@ struct Packed {
       };
       for (int64_t t = begin; t < end; ++t) {
         C* row = rows + (t - begin) * width;
+        if (t + kRowsAhead < end) prefetch_row(at(sequence.position[t + kRowsAhead]), p.size);
         skip_to(sequence.position[t]);
         turn<true>(row, t, scale);
         store_rounded(at(next++), p.size, row);
