@@ -110,7 +110,6 @@ struct LossSums {
     if (biases) *bias(token) += gradient;
   }
 
-  // Writes gradients: of the tokens up to `count`.
   void write(const Packed<C>& packed, C scale, void* to, void* to_bias) const {
     const int64_t begin = first * block, end = std::min(last * block, packed.sequence.count);
     packed.write_rows(rows, begin, end, scale, to);
@@ -159,7 +158,7 @@ struct LossGradients {
     for (const LossSums<C>* sums : {&starts, &ends})
       for (int64_t block = sums->first; block < sums->last; ++block) {
         const double top = sums->tops[block - sums->first];
-        sums->multiply(block, top == INFINITY ? 1 : static_cast<C>(std::exp(top - log_negative)));
+        sums->multiply(block, top == log_negative ? 1 : static_cast<C>(std::exp(top - log_negative)));  // inf - inf: 1
       }
     for (int64_t r = part.row0; r < part.row1; ++r)
       each_column_block(packed.sequence, r, part, [&](int64_t c) {
