@@ -190,7 +190,7 @@ def test_op_is_whole(op):
 
 def test_warmup(device):
     if device.type == "cpu":
-        with pytest.raises(RuntimeError, match="^warmup compiles for the current GPU, and torch sees none$"):
+        with pytest.raises(RuntimeError, match=r"^warmup compiles for the current GPU, and torch sees none$"):
             fastnlp_ops.warmup()
     else:
         assert fastnlp_ops.warmup(dtypes=[torch.bfloat16]) is None
