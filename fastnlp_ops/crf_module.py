@@ -143,7 +143,7 @@ class CRF(nn.Module):
         return viterbi(e, transitions, start, end, m, None, 1, True)
 
     def _checked(self, function: Callable[..., Any], emissions: Tensor, tags: Tensor | None, *others: Any) -> Any:
-        """Its result; an error in torchcrf's words if torchcrf has any: looked for afterwards, since most calls are fine."""
+        """Its result. An error is worded as in torchcrf, where that has one; looked for only after an error."""
         try:
             return function(emissions, *others) if tags is None else function(emissions, tags, *others)
         except (ValueError, IndexError):
