@@ -341,20 +341,24 @@ struct Kernel {
     if (!t.moment.data && !t.average.data && !u.dither && u.limit == static_cast<C>(INFINITY) && group.lazy == 0 &&
         t.param.col_stride == 1 && t.grad.col_stride == 1 && t.grad_dtype == TypeOf<G>::dtype) {
       // Rows far apart are streams of their own for the machine's prefetcher; rows that touch would be one.
+      P* p[kRows];
+      const G* g[kRows];
+      C factors[kRows];
+      const auto take = [&](int64_t row, int k) {
+        begin_row(row);
+        p[k] = static_cast<P*>(t.param.data) + params + row * t.param.row_stride;
+        g[k] = static_cast<const G*>(t.grad.data) + grads + row * t.grad.row_stride;
+        factors[k] = u.gain * u.row;
+      };
       const int64_t apart = (end - begin) / kRows;
       for (; i < begin + apart; ++i) {
-        P* p[kRows];
-        const G* g[kRows];
-        C factors[kRows];
-        for (int k = 0; k < kRows; ++k) {
-          begin_row(i + k * apart);
-          p[k] = static_cast<P*>(t.param.data) + params + (i + k * apart) * t.param.row_stride;
-          g[k] = static_cast<const G*>(t.grad.data) + grads + (i + k * apart) * t.grad.row_stride;
-          factors[k] = u.gain * u.row;
-        }
+        for (int k = 0; k < kRows; ++k) take(i + k * apart, k);
         update_plainly<kRows>(u.keep, factors, p, g, column, n);
       }
-      i = begin + kRows * apart;
+      for (i = begin + kRows * apart; i < end; ++i) {
+        take(i, 0);
+        update_plainly<1>(u.keep, factors, p, g, column, n);
+      }
     }
     for (; i < end; ++i) {
       begin_row(i);

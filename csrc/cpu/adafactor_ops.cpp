@@ -184,8 +184,8 @@ struct Step {
     }
   }
 
-  // One pass over all tensors. The units of the next large tensor begin before the factors of the one before are
-  // known, so that no thread waits for them; its parameters are updated while its gradient is in the cache.
+  // One pass over all tensors. A large tensor is updated while its gradient is in the cache; some units of the next one
+  // come before, so that no thread waits while another computes the factors.
   void pass() {
     std::vector<Unit> units;
     int64_t work = 0;
@@ -194,12 +194,12 @@ struct Step {
         item.left[k].store(item.units[k], std::memory_order_relaxed);
         item.done[k].store(!wants(item, Kind(k)), std::memory_order_relaxed);
       }
-      if (!(phases & (kAdafactorRows | kAdafactorColumns | kAdafactorNorms))) item.gain = gain(item);
+      item.gain = gain(item);  // where nothing is left to sum
       work += item.numel();
     }
-    const auto append = [&](Item* item, Kind kind) {
-      for (int64_t u = 0; wants(*item, kind) && u < item->units[kind]; ++u)
-        units.push_back({item, kind, u, u + 1});
+    const auto append = [&](Item* item, Kind kind, int64_t begin = 0, int64_t end = INT64_MAX) {
+      if (wants(*item, kind))
+        for (int64_t u = begin; u < std::min(end, item->units[kind]); ++u) units.push_back({item, kind, u, u + 1});
     };
     int64_t bundled = 0;
     for (size_t k = 0; k < small.size(); ++k) {
@@ -209,18 +209,16 @@ struct Step {
       bundled += small[k]->numel();
       if (bundled >= kStrip) bundled = 0;
     }
-    Item* before = nullptr;
-    for (Item* item : large) {
+    const auto threads = static_cast<int64_t>(torch::stable::get_num_threads());
+    for (size_t k = 0; k < large.size(); ++k) {
+      append(large[k], kAccumulate, k == 0 ? 0 : threads);
+      if (k + 1 < large.size()) append(large[k + 1], kAccumulate, 0, threads);
+      append(large[k], kNorms);
+      append(large[k], kExact);
       const size_t first = units.size();
-      append(item, kAccumulate);
-      std::vector<Unit> rest(units.begin() + static_cast<int64_t>(std::min(units.size(), first + 2)), units.end());
-      units.resize(units.size() - rest.size());
-      if (before) append(before, kNorms), append(before, kExact);
-      units.insert(units.end(), rest.begin(), rest.end());
-      if (before) append(before, kApply);
-      before = item;
+      append(large[k], kApply);
+      std::reverse(units.begin() + static_cast<int64_t>(first), units.end());  // what was read last is still there
     }
-    if (before) append(before, kNorms), append(before, kExact), append(before, kApply);
 
     std::atomic<size_t> next{0};
     const auto worker = [&](int64_t, int64_t) {
@@ -230,7 +228,7 @@ struct Step {
     if (work < kWorthThreads)
       worker(0, 1);
     else
-      torch::stable::parallel_for(0, torch::stable::get_num_threads(), 1, worker);
+      torch::stable::parallel_for(0, threads, 1, worker);
   }
 
   static void await(const Item& item, Kind kind) {
