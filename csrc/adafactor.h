@@ -92,7 +92,6 @@ struct AdafactorTensor {
 
   int64_t columns_at;  // where the column sums and the row sums begin in `sums`
   int64_t rows_at;
-
 };
 
 // Elements between the starts of matrix 0 and matrix b.
@@ -111,9 +110,7 @@ FASTNLP_SHARED int64_t adafactor_sum(int64_t tensor, AdafactorSum which) { retur
 
 // Column sums of one matrix: cs, W, then X where the group has layer adaptation, then sum R and a flag. kAdafactorNorms
 // leaves C in the place of cs, 1 / sqrt(C) in that of W.
-FASTNLP_SHARED int64_t adafactor_columns(int64_t cols, bool product) {
-  return (product ? 3 : 2) * cols + 2;
-}
+FASTNLP_SHARED int64_t adafactor_columns(int64_t cols, bool product) { return (product ? 3 : 2) * cols + 2; }
 
 // The scalars of one tensor in one step, before anything has been summed.
 struct AdafactorScalars {

@@ -109,8 +109,8 @@ struct AdafactorCall {
           name, " must be a contiguous float32 tensor [", n, "] on the device of params, got ", shape_of(tensor));
   }
   void check_scalar(const Tensor& tensor, const char* name) const {
-    check(tensor.numel() == 1 && tensor.scalar_type() == ScalarType::Float && tensor.device() == first().device(),
-          name, " must be one float32 number on the device of params, got ", shape_of(tensor));
+    check(tensor.numel() == 1 && tensor.scalar_type() == ScalarType::Float && tensor.device() == first().device(), name,
+          " must be one float32 number on the device of params, got ", shape_of(tensor));
   }
 
   void add(int64_t i, const Tensor& row, const Tensor* col, const Tensor* moment, const Tensor* average) {
@@ -230,7 +230,8 @@ struct AdafactorCall {
     std::swap(t.row, t.col);
     std::swap(t.whole_rows, t.whole_cols);
     std::swap(t.per_row, t.per_col);
-    for (AdafactorView* view : {&t.param, &t.grad, &t.moment, &t.average}) std::swap(view->row_stride, view->col_stride);
+    for (AdafactorView* view : {&t.param, &t.grad, &t.moment, &t.average})
+      std::swap(view->row_stride, view->col_stride);
   }
 
   void lay_out_sums() {

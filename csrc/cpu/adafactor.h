@@ -12,11 +12,11 @@ namespace fastnlp {
 struct AdafactorItem {
   const AdafactorTensor* tensor;
   const AdafactorGroup* group;
-  void* sums;           // C, of the whole call
+  void* sums;  // C, of the whole call
   AdafactorScalars step;
-  AdafactorGain gain;   // for apply
-  uint64_t key;         // of the random bits
-  bool sharded;         // torch mode then sums U^2 over the elements that this rank has
+  AdafactorGain gain;  // for apply
+  uint64_t key;        // of the random bits
+  bool sharded;        // torch mode then sums U^2 over the elements that this rank has
 };
 
 // Partial sums of a strip, added up by the caller in the order of the strips.

@@ -36,8 +36,8 @@ struct Item : AdafactorItem {
   int64_t units[kKinds] = {};
   std::vector<AdafactorTotals> totals[kKinds];  // of each unit
   double grad_squares = 0;
-  char* columns = nullptr;          // of all strips
-  const Item* earlier = nullptr;    // whose strips' sums lie in the same place
+  char* columns = nullptr;        // of all strips
+  const Item* earlier = nullptr;  // whose strips' sums lie in the same place
   std::atomic<int64_t> left[kKinds] = {};
   std::atomic<bool> done[kKinds] = {};
 
@@ -123,23 +123,26 @@ struct Step {
     for (int k = 0; k < kKinds; ++k) item.totals[k].resize(static_cast<size_t>(item.units[k]));
   }
 
-  // The sums of the strips are read soon after they are written: two large tensors in turn share a place.
+  // The sums of the strips are read soon after they are written: two places serve all matrices in turn.
   void place_strips() {
-    std::vector<size_t> bytes;
+    std::vector<Item*> striped;
     size_t widest[2] = {0, 0};
-    for (size_t k = 0; k < large.size(); ++k) {
-      const Item& item = *large[k];
-      const int64_t parts = item.group->layer_adaptation != 0 ? 3 : 2;
-      const int64_t numbers = item.strips > 1 ? item.units[kAccumulate] * parts * item.kernels.padded(item.tensor->cols) : 0;
-      widest[k % 2] = std::max(widest[k % 2], static_cast<size_t>(numbers) * size);
+    for (Item* item : large) {
+      if (item->strips == 1) continue;
+      size_t& width = widest[striped.size() % 2];
+      width = std::max(width, static_cast<size_t>(item->units[kAccumulate] * columns_bytes(*item) + 63) / 64 * 64);
+      striped.push_back(item);
     }
-    for (size_t& width : widest) width = (width + 63) / 64 * 64;
     strips.resize((widest[0] + widest[1]) / sizeof(double));
-    char* const from = reinterpret_cast<char*>(strips.data());
-    for (size_t k = 0; k < large.size(); ++k) {
-      if (large[k]->strips > 1) large[k]->columns = from + (k % 2) * widest[0];
-      large[k]->earlier = k >= 2 ? large[k - 2] : nullptr;
+    for (size_t k = 0; k < striped.size(); ++k) {
+      striped[k]->columns = reinterpret_cast<char*>(strips.data()) + (k % 2) * widest[0];
+      striped[k]->earlier = k >= 2 ? striped[k - 2] : nullptr;
     }
+  }
+
+  int64_t columns_bytes(const Item& item) const {
+    const int64_t parts = item.group->layer_adaptation != 0 ? 3 : 2;
+    return parts * item.kernels.padded(item.tensor->cols) * static_cast<int64_t>(size);
   }
 
   bool wants(const Item& item, Kind kind) const {
@@ -241,7 +244,8 @@ struct Step {
     if (!unit.item) {
       for (int64_t s = unit.begin; s < unit.end; ++s)
         for (int k = 0; k < kKinds; ++k)
-          for (int64_t u = 0; wants(*small[s], Kind(k)) && u < small[s]->units[k]; ++u) work(*small[s], Kind(k), u, room);
+          for (int64_t u = 0; wants(*small[s], Kind(k)) && u < small[s]->units[k]; ++u)
+            work(*small[s], Kind(k), u, room);
       return;
     }
     Item& item = *unit.item;
@@ -289,8 +293,7 @@ struct Step {
   }
 
   void strip(Item& item, Kind kind, int64_t unit, void* room, AdafactorTotals& totals) {
-    const int64_t parts = item.group->layer_adaptation != 0 ? 3 : 2;
-    const int64_t bytes = parts * item.kernels.padded(item.tensor->cols) * static_cast<int64_t>(size);
+    const int64_t bytes = columns_bytes(item);
     if (kind == kNorms) {
       const int64_t first = unit * item.strips;
       double factors = 0;
@@ -349,10 +352,9 @@ void adafactor_step_(std::vector<Tensor> params, std::vector<Tensor> grads, std:
                      std::optional<Tensor> found_inf, double max_grad_norm, bool skip_nonfinite, int64_t seed,
                      std::vector<int64_t> ids, std::optional<Tensor> sums, std::vector<int64_t> shards,
                      int64_t phases) {
-  Step(AdafactorArguments{params,    grads,         rows,           cols, vectors, moments, averages,
-                          steps,     rms,           lr,             group_of, options, grad_scale,
-                          found_inf, max_grad_norm, skip_nonfinite, seed, ids,     sums,    shards,
-                          phases});
+  Step(AdafactorArguments{params, grads, rows,     cols,    vectors,    moments,   averages,      steps,
+                          rms,    lr,    group_of, options, grad_scale, found_inf, max_grad_norm, skip_nonfinite,
+                          seed,   ids,   sums,     shards,  phases});
 }
 
 }  // namespace
