@@ -94,12 +94,14 @@ struct AdafactorTensor {
   int64_t rows_at;
 };
 
-// Elements between the starts of matrix 0 and matrix b.
+// Elements between the starts of matrix 0 and matrix b. (On a GPU a 64-bit division is a call that spills registers.)
 FASTNLP_SHARED int64_t adafactor_matrix(const AdafactorTensor& tensor, const AdafactorView& view, int64_t b) {
+  auto left = static_cast<uint32_t>(b);
   int64_t at = 0;
-  for (int d = kAdafactorBatchDims - 1; d >= 0 && b > 0; --d) {
-    at += b % tensor.batch_size[d] * view.batch_stride[d];
-    b /= tensor.batch_size[d];
+  for (int d = kAdafactorBatchDims - 1; d >= 0 && left > 0; --d) {
+    const auto size = static_cast<uint32_t>(tensor.batch_size[d]);
+    at += static_cast<int64_t>(left % size) * view.batch_stride[d];
+    left /= size;
   }
   return at;
 }

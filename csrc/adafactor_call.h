@@ -61,6 +61,7 @@ struct AdafactorCall {
           shape_of(a.lr));
     if (n == 0) return;
     if (a.params[0].scalar_type() == ScalarType::Double) compute = ScalarType::Double;
+    check(a.lr.device() == first().device() || a.lr.is_cpu(), "lr must be on the CPU or on the device of params");
     check_list(a.steps, "steps");
     if (a.rms) check_list(*a.rms, "rms");
     if (a.grad_scale) check_scalar(*a.grad_scale, "grad_scale");
@@ -132,6 +133,7 @@ struct AdafactorCall {
     t.rows = t.factored ? param.size(dim - 2) : 1;
     t.batch = 1;
     for (int64_t d = 0; d < dim - 2; ++d) t.batch *= param.size(d);
+    check(t.batch <= INT32_MAX, "params must have fewer than 2^31 matrices, got ", shape_of(param), " at index ", i);
     t.param = view(param, param, "params", i, true);
     t.grad = view(grad, param, "grads", i, false);
     if (moment) t.moment = view(state(*moment, "moments", i), param, "moments", i, true);
@@ -224,7 +226,7 @@ struct AdafactorCall {
   // A matrix stored by columns is read as its transpose. Sums between ranks and lazy rows know rows and columns apart.
   void transpose(AdafactorTensor& t) const {
     const bool by_columns = t.param.row_stride == 1 && (t.param.col_stride != 1 || t.cols == 1);
-    if (!t.factored || !by_columns || t.rows == 1 || arguments.sums || groups[t.group].lazy != 0) return;
+    if (!t.factored || !by_columns || t.rows == 1 || t.batch != 1 || arguments.sums || groups[t.group].lazy != 0) return;
     t.transposed = true;
     std::swap(t.rows, t.cols);
     std::swap(t.row, t.col);

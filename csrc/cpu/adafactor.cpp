@@ -195,7 +195,7 @@ struct Kernel {
       double squares = 0, cross = 0;
       for (int64_t j = 0; j < n; ++j) {
         const C factor = scale * column[j];
-        const double u = grad * static_cast<double>(static_cast<C>(g[j]) * (factor < most ? factor : most));
+        const double u = grad * static_cast<double>(static_cast<C>(g[j]) * (factor > most ? most : factor));
         squares += u * u;
         if (product) cross += u * static_cast<double>(static_cast<C>(p[j]));
       }

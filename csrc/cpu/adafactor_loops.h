@@ -108,7 +108,7 @@ void update_fully(const Update<C>& u, Dither& random, P* p, const G* g, const C*
     const int64_t count = std::min<int64_t>(lanes, n - j);
     const Vec<C> old = widen_tail(p + j, count);
     const Vec<C> factor = splat(u.row) * widen_tail(column + j, count), limit = splat(u.limit);
-    Vec<C> change = splat(u.gain) * (widen_tail(g + j, count) * (factor < limit ? factor : limit));
+    Vec<C> change = splat(u.gain) * (widen_tail(g + j, count) * (factor > limit ? limit : factor));
     if (m) {
       change = splat(u.beta1) * widen_tail(m + j, count) + splat(1 - u.beta1) * change;
       narrow_tail(m + j, change, count);
