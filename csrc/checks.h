@@ -9,6 +9,8 @@
 #include <stdexcept>
 #include <string>
 
+#include "dtype.h"
+
 namespace fastnlp {
 
 using torch::headeronly::ScalarType;
@@ -48,6 +50,16 @@ inline void check_dense(const Tensor& tensor, const char* name, std::initializer
         torch::headeronly::toString(tensor.scalar_type()));
   check(tensor.device() == like.device(), name, " must be on the device of emissions");
   check(tensor.is_contiguous(), name, " must be contiguous");
+}
+
+inline DType dtype_of(const Tensor& tensor, const char* name) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float: return DType::f32;
+    case ScalarType::Double: return DType::f64;
+    case ScalarType::Half: return DType::f16;
+    case ScalarType::BFloat16: return DType::bf16;
+    default: check(false, name, " must be float32, float64, float16 or bfloat16"); return DType::f32;
+  }
 }
 
 inline Tensor new_tensor(const Tensor& like, std::initializer_list<int64_t> shape, ScalarType dtype) {

@@ -3,9 +3,9 @@
 #pragma once
 #include <cstdint>
 
-namespace fastnlp {
+#include "dtype.h"
 
-enum class DType : int32_t { f32, f64, f16, bf16 };
+namespace fastnlp {
 
 // Compute type C: double where the emissions are double, else float. Strides count elements, not bytes.
 struct CrfProblem {

@@ -5,16 +5,6 @@
 
 namespace fastnlp {
 
-inline DType dtype_of(const Tensor& emissions) {
-  switch (emissions.scalar_type()) {
-    case ScalarType::Float: return DType::f32;
-    case ScalarType::Double: return DType::f64;
-    case ScalarType::Half: return DType::f16;
-    case ScalarType::BFloat16: return DType::bf16;
-    default: check(false, "emissions must be float32, float64, float16 or bfloat16"); return DType::f32;
-  }
-}
-
 struct CrfCall {
   CrfProblem problem;
   ScalarType compute;  // Double where the emissions are, else Float
@@ -26,7 +16,7 @@ struct CrfCall {
           const std::optional<Tensor>& end, const std::optional<Tensor>& mask, const std::optional<Tensor>& cu_seqlens)
       : emissions(emissions), packed(cu_seqlens.has_value()) {
     CrfProblem& p = problem;
-    p.emissions_dtype = dtype_of(emissions);
+    p.emissions_dtype = dtype_of(emissions, "emissions");
     compute = p.emissions_dtype == DType::f64 ? ScalarType::Double : ScalarType::Float;
     const int64_t dim = packed ? 2 : 3;
     check(emissions.dim() == dim, "emissions must be ", packed ? "[total, N]" : "[B, T, N]", ", got ",
