@@ -306,7 +306,8 @@ class FactoredOptimizer(Optimizer):
         self._packs = {}
         for group in self.param_groups:
             for name, value in self.defaults.items():
-                group.setdefault(name, value)
+                if name != "differentiable":  # the base class leaves that in defaults
+                    group.setdefault(name, value)
             for p in group["params"]:
                 if values := self.state.get(p):
                     self._restore(p, values, group)

@@ -307,13 +307,13 @@ class Adafactor(FactoredOptimizer):
 
     @staticmethod
     def _get_lr(param_group: dict[str, Any], param_state: dict[str, Any]) -> float:
-        """Learning rate of the last step (of the first one, where there was none): AdafactorSchedule asks for it."""
+        """Learning rate of the last step, before the first one without the parameter's scale; for AdafactorSchedule."""
         step = max(1.0, float(param_state.get("step", 1)))
         lr = param_group["lr"]
         if param_group["relative_step"]:
             lr = min(1e-6 * step if param_group["warmup_init"] else 1e-2, 1 / math.sqrt(step))
-        if param_group["scale_parameter"]:
-            lr = lr * max(param_group["eps"][1], float(param_state.get("RMS", 0)))
+        if param_group["scale_parameter"] and "RMS" in param_state:
+            lr = lr * max(param_group["eps"][1], float(param_state["RMS"]))
         return float(lr) * param_group.get("lr_scale", 1.0)
 
 
