@@ -225,8 +225,6 @@ class FactoredOptimizer(Optimizer):
 
     def _complete(self, state: dict[str, Any], p: Tensor, group: dict[str, Any]) -> None:
         """What the state lacks: zeros in the compute dtype, an average that starts at the parameter."""
-        if torch._debug_has_internal_overlap(p) == 1:
-            raise ValueError(f"params must not overlap themselves, got strides {p.stride()} for shape {tuple(p.shape)}")
         dtype = compute_dtype(p)
         shapes: dict[str, tuple[int, ...]] = {self.vector_key: tuple(p.shape)}
         if p.dim() > 1:
