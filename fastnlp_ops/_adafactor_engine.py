@@ -1,9 +1,8 @@
 """The engine of both optimizers: from parameter groups and their state to one call of the op for each device."""
 
 import itertools
-import math
 import operator
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
@@ -11,104 +10,17 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-_COMPUTE = {
-    torch.float32: torch.float32,
-    torch.bfloat16: torch.float32,
-    torch.float16: torch.float32,
-    torch.float64: torch.float64,
-}
-
-
-def compute_dtype(p: Tensor) -> torch.dtype:
-    """The dtype of the maths and of the state."""
-    if p.is_complex():
-        raise RuntimeError("Adafactor does not support complex parameters")
-    if p.dtype not in _COMPUTE:
-        raise TypeError(f"params must be float32, float64, float16 or bfloat16, got {p.dtype}")
-    return _COMPUTE[p.dtype]
-
-
-_RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "eps": (lambda x: len(x) == 2 and x[0] >= 0 and x[1] >= 0, "two numbers of at least 0"),
-    "clip_threshold": (lambda x: x is None or x > 0, "above 0 or None"),
-    "decay_rate": (lambda x: x <= 0, "at most 0"),
-    "beta1": (lambda x: x is None or 0 <= x < 1, "in [0, 1) or None"),
-    "weight_decay": (lambda x: x >= 0, "at least 0"),
-    "ema_decay": (lambda x: x is None or 0 <= x <= 1, "in [0, 1] or None"),
-    "rounding": (lambda x: x in ("nearest", "stochastic"), '"nearest" or "stochastic"'),
-    "max_grad_norm": (lambda x: x is None or x > 0, "above 0 or None"),
-    "accumulation_steps": (lambda x: x >= 1, "at least 1"),
-}
-
-
-def check_options(options: dict[str, Any]) -> None:
-    """ValueError for an option out of its range."""
-    for name, (holds, wanted) in _RANGES.items():
-        if name in options and not holds(options[name]):
-            raise ValueError(f"{name} must be {wanted}, got {options[name]!r}")
-
-
-def op_options(
-    *,
-    eps: tuple[float, float],
-    clip_threshold: float | None,
-    decay_rate: float,
-    weight_decay: float,
-    beta1: float | None = None,
-    scale_parameter: bool = True,
-    relative_step: bool = True,
-    warmup_init: bool = False,
-    variant: str = "transformers",
-    lr_scale: float = 1.0,
-    ema_decay: float | None = None,
-    layer_adaptation: bool = False,
-    lazy: bool = False,
-    maximize: bool = False,
-    rounding: str = "nearest",
-) -> list[float]:
-    """The 15 numbers by which the op knows a group."""
-    return [
-        float(variant == "torch"),
-        eps[0],
-        eps[1],
-        math.inf if clip_threshold is None else clip_threshold,
-        decay_rate,
-        -1.0 if beta1 is None else beta1,
-        weight_decay,
-        float(scale_parameter),
-        float(relative_step + (relative_step and warmup_init)),
-        float(maximize),
-        float(layer_adaptation),
-        float(lazy),
-        -1.0 if ema_decay is None else ema_decay,
-        float(rounding == "stochastic"),
-        lr_scale,
-    ]
-
-
-def op_lr(values: Sequence[float | Tensor | None]) -> Tensor:
-    """Learning rates as float64, [groups], on a device only where one of them is there."""
-    if not any(isinstance(x, Tensor) for x in values):
-        return torch.tensor([0.0 if x is None else x for x in values], dtype=torch.float64)
-    device = next((x.device for x in values if isinstance(x, Tensor) and x.device.type != "cpu"), torch.device("cpu"))
-    tensors = [x if isinstance(x, Tensor) else torch.full((), x or 0.0) for x in values]
-    return torch.stack([x.to(device, torch.float64, non_blocking=True).reshape(()) for x in tensors])
-
-
-class Call:
-    """Arguments of the op for the parameters of one device and compute dtype."""
-
-    def __init__(self) -> None:
-        self.params: list[Tensor] = []
-        self.grads: list[Tensor] = []
-        self.rows: list[Tensor] = []
-        self.cols: list[Tensor] = []
-        self.vectors: list[Tensor] = []
-        self.moments: list[Tensor] = []
-        self.averages: list[Tensor] = []
-        self.states: list[dict[str, Any]] = []
-        self.group_of: list[int] = []
-        self.ids: list[int] = []
+from fastnlp_ops._adafactor_call import Call, compute_dtype, op_lr
+from fastnlp_ops._adafactor_shards import (
+    Split,
+    geometry,
+    local,
+    local_grad,
+    placed_like,
+    run_in_phases,
+    split_of,
+    zeros_like_part,
+)
 
 
 class FactoredOptimizer(Optimizer):
@@ -130,9 +42,14 @@ class FactoredOptimizer(Optimizer):
     accumulation_steps: int = 1
 
     def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
-        self._packs: dict[tuple[torch.device, torch.dtype], tuple[list[Tensor], Tensor, list[Tensor], Tensor]] = {}
+        self._forget()
         self._gathered = 0  # backward passes since the last update
         super().__init__(params, defaults)
+
+    def _forget(self) -> None:
+        """What is kept between steps to make them short; all of it follows from the parameters and their state."""
+        self._packs: dict[tuple[Any, ...], tuple[list[Tensor], Tensor, list[Tensor], Tensor]] = {}
+        self._layouts: dict[Tensor, tuple[Split | None, list[int]]] = {}
 
     def group_options(self, group: dict[str, Any], dtype: torch.dtype) -> list[float]:
         """The group as the op knows it."""
@@ -145,7 +62,6 @@ class FactoredOptimizer(Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update every parameter that has a gradient; returns what closure, called with gradients on, returns."""
-        self._accelerator_graph_capture_health_check()
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -165,84 +81,83 @@ class FactoredOptimizer(Optimizer):
 
     def _update(self, parameters: Iterable[tuple[int, int, Tensor]]) -> None:
         """One step of (group, id, parameter); nothing has been written when an argument is wrong."""
-        calls: dict[tuple[torch.device, torch.dtype], Call] = {}
+        calls: dict[tuple[torch.device, torch.dtype, Split | None], Call] = {}
         for group, tensor_id, p in parameters:
             if p.grad is not None:
-                dtype = compute_dtype(p)
-                key = (p.device, dtype)
-                if key not in calls:
-                    calls[key] = Call()
-                self._add(calls[key], group, tensor_id, p, p.grad)
+                sharded = hasattr(p, "placements")
+                if sharded and p not in self._layouts:
+                    split = split_of(p)
+                    self._layouts[p] = split, geometry(p) if split else []
+                split, shard = self._layouts[p] if sharded else (None, [])
+                call = calls.setdefault((p.device, compute_dtype(p), split), Call())
+                self._add(call, group, tensor_id, p, p.grad, sharded)
+                call.shards += shard
+        scale, found = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)  # GradScaler sets both
+        if self.accumulation_steps > 1:
+            scale = torch.full((), float(self.accumulation_steps)) if scale is None else scale * self.accumulation_steps
         lr = op_lr([group["lr"] for group in self.param_groups])
-        scale, found = self._scaling(list(calls.values()))
-        for (device, dtype), call in calls.items():
-            options = [x for group in self.param_groups for x in self.group_options(group, dtype)]
-            steps, rms = self._pack((device, dtype), call.states)
-            torch.ops.fastnlp_ops.adafactor_step_(
-                call.params,
-                call.grads,
-                call.rows,
-                call.cols,
-                call.vectors,
-                call.moments,
-                call.averages,
-                steps,
-                rms,
-                lr if lr.device == device else lr.to("cpu"),
-                call.group_of,
-                options,
-                None if scale is None else scale.to(device, torch.float32),
-                None if found is None else found.to(device, torch.float32),
-                (self.max_grad_norm or 0.0) if len(calls) == 1 else 0.0,
-                self.skip_nonfinite,
-                0,
-                call.ids,
-                None,
-                [],
-                15,
-            )
+        for key, call in calls.items():
+            device, dtype, _ = key
+            call.steps, call.rms = self._pack(key, call.states)
+            call.lr = lr if lr.device == device else lr.to("cpu")
+            call.options = [x for group in self.param_groups for x in self.group_options(group, dtype)]
+            call.grad_scale = None if scale is None else scale.to(device, torch.float32)
+            call.found_inf = None if found is None else found.to(device, torch.float32)
+            call.max_grad_norm, call.skip_nonfinite = self.max_grad_norm, self.skip_nonfinite
+        splits = [split for _, _, split in calls]
+        one_norm = len(calls) > 1 and (self.max_grad_norm is not None or self.skip_nonfinite)
+        if one_norm or any(splits):
+            run_in_phases(list(zip(calls.values(), splits, strict=True)))
+        else:
+            for call in calls.values():
+                call.run()
 
-    def _add(self, call: Call, group: int, tensor_id: int, p: Tensor, grad: Tensor) -> None:
+    def _add(self, call: Call, group: int, tensor_id: int, p: Tensor, grad: Tensor, sharded: bool) -> None:
         if grad.layout != torch.strided:
             raise RuntimeError("Adafactor does not support sparse gradients")
         state, options = self.state[p], self.param_groups[group]
         if "step" not in state:
             self._complete(state, p, options)
-        call.params.append(p)
-        call.grads.append(grad)
-        if p.dim() > 1:
-            call.rows.append(state[self.row_key])
-            call.cols.append(state[self.col_key])
-        else:
-            call.vectors.append(state[self.vector_key])
+        names = (self.row_key, self.col_key) if p.dim() > 1 else (self.vector_key,)
+        lists = (call.rows, call.cols) if p.dim() > 1 else (call.vectors,)
+        for name, tensors in zip(names, lists, strict=True):
+            tensors.append(local(state[name]) if sharded else state[name])
         if options.get("beta1") is not None:
-            call.moments.append(state["exp_avg"])
+            call.moments.append(local(state["exp_avg"]) if sharded else state["exp_avg"])
         if options.get("ema_decay") is not None:
-            call.averages.append(state["average"])
+            call.averages.append(local(state["average"]) if sharded else state["average"])
+        call.params.append(local(p) if sharded else p)
+        call.grads.append(local_grad(p, grad) if sharded else grad)
         call.states.append(state)
         call.group_of.append(group)
         call.ids.append(tensor_id)
 
     def _complete(self, state: dict[str, Any], p: Tensor, group: dict[str, Any]) -> None:
-        """What the state lacks: zeros in the compute dtype, an average that starts at the parameter."""
-        dtype = compute_dtype(p)
-        shapes: dict[str, tuple[int, ...]] = {self.vector_key: tuple(p.shape)}
-        if p.dim() > 1:
-            shapes = dict(zip((self.row_key, self.col_key), self.factor_shapes(p.shape), strict=True))
-        if group.get("beta1") is not None:
-            shapes["exp_avg"] = tuple(p.shape)
-        for name, shape in shapes.items():
+        """What the state lacks: zeros, and an average that starts at the parameter."""
+        names = [self.row_key, self.col_key] if p.dim() > 1 else [self.vector_key]
+        names += ["exp_avg"] if group.get("beta1") is not None else []
+        for name in names:  # in the same order in every process
             if name not in state:
-                state[name] = torch.zeros(shape, dtype=dtype, device=p.device)
+                state[name] = self._zeros(p, name)
         for number in ("step", self.rms_key):
             if number is not None and number not in state:
                 state[number] = torch.zeros((), dtype=torch.float32, device=p.device)
         if group.get("ema_decay") is not None and "average" not in state:
-            state["average"] = p.detach().to(dtype, copy=True, memory_format=torch.contiguous_format)
+            state["average"] = p.detach().to(compute_dtype(p), copy=True).contiguous()
 
-    def _pack(
-        self, key: tuple[torch.device, torch.dtype], states: list[dict[str, Any]]
-    ) -> tuple[Tensor, Tensor | None]:
+    def _zeros(self, p: Tensor, name: str) -> Tensor:
+        """A state tensor of p, in the compute dtype and spread over processes as p is."""
+        if name in (self.row_key, self.col_key):
+            row, col = self.factor_shapes(p.shape)
+            last = p.dim() - 1
+            # The dimension of the factor that dimensions of p become: rows have lost the last one, columns another.
+            dims = dict(enumerate(range(last))) if name == self.row_key else dict(enumerate(range(last - 1)))
+            if name == self.col_key:
+                dims[last] = len(col) - 1
+            return zeros_like_part(p, row if name == self.row_key else col, dims, compute_dtype(p))
+        return zeros_like_part(p, tuple(p.shape), dict(enumerate(range(p.dim()))), compute_dtype(p))
+
+    def _pack(self, key: tuple[Any, ...], states: list[dict[str, Any]]) -> tuple[Tensor, Tensor | None]:
         """Step counts and RMS as the op wants them, [n] each; those in the state are views of these."""
         rms_key = self.rms_key
         if len(states) == 1:
@@ -259,26 +174,6 @@ class FactoredOptimizer(Optimizer):
                     state[rms_key] = pack[2][k]
             self._packs[key] = pack
         return pack[1], None if rms_key is None else pack[3]
-
-    def _scaling(self, calls: list[Call]) -> tuple[Tensor | None, Tensor | None]:
-        """What gradients are divided by, and whether the step is off (GradScaler sets both as attributes)."""
-        scale, found = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        if self.accumulation_steps > 1:
-            scale = torch.full((), float(self.accumulation_steps)) if scale is None else scale * self.accumulation_steps
-        if len(calls) > 1 and (self.max_grad_norm is not None or self.skip_nonfinite):
-            # The op sees the gradients of one device and dtype; what holds for all of them is settled here.
-            home = calls[0].params[0].device
-            squares = [g.detach().double().square().sum().to(home) for call in calls for g in call.grads]
-            norm = torch.stack(squares).sum().sqrt()
-            divisor = torch.ones((), device=home) if scale is None else scale.to(home)
-            if self.skip_nonfinite:
-                limit = torch.finfo(torch.float32).max ** 0.5
-                off = ~(norm / divisor < limit)
-                found = off.float() if found is None else found.to(home) + off
-            if self.max_grad_norm is not None:
-                factor = (self.max_grad_norm / (norm / divisor + 1e-6)).clamp(max=1.0)
-                scale = divisor / factor
-        return scale, found
 
     @contextmanager
     def averaged_weights(self) -> Iterator[None]:
@@ -301,7 +196,7 @@ class FactoredOptimizer(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._packs = {}
+        self._forget()
         for group in self.param_groups:
             for name, value in self.defaults.items():
                 if name != "differentiable":  # the base class leaves that in defaults
@@ -324,13 +219,9 @@ class FactoredOptimizer(Optimizer):
         if name in ("step", self.rms_key):
             number = value.detach().float() if isinstance(value, Tensor) else torch.tensor(float(value))
             return number.reshape(()).to(p.device)
-        if isinstance(value, Tensor) and value.is_floating_point() and name in self.state_keys():
-            return value.to(p.device, compute_dtype(p), memory_format=torch.contiguous_format)
+        if name in (self.row_key, self.col_key, self.vector_key, "exp_avg", "average"):
+            return placed_like(self._zeros(p, name), value, name)
         return value.to(p.device) if isinstance(value, Tensor) else value
-
-    def state_keys(self) -> set[str]:
-        """Names of the tensors of the state that are in the compute dtype."""
-        return {self.row_key, self.col_key, self.vector_key, "exp_avg", "average"}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's, without its cast of the state to the dtype of the parameters."""

@@ -7,7 +7,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from fastnlp_ops._adafactor_engine import FactoredOptimizer, check_options, op_lr, op_options
+from fastnlp_ops._adafactor_call import Call, check_options, op_lr, op_options
+from fastnlp_ops._adafactor_engine import FactoredOptimizer
 
 
 def adafactor_step_(
@@ -142,30 +143,13 @@ def adafactor_step_(
         maximize=maximize,
         rounding=rounding,
     )
+    call = Call(list(params), list(grads), list(rows), list(cols), list(vectors), list(moments), list(averages))
+    call.group_of, call.ids = [0] * len(call.params), list(ids)
+    call.steps, call.rms, call.lr, call.options = steps, rms, op_lr([lr]), options
+    call.grad_scale, call.found_inf = grad_scale, found_inf
+    call.max_grad_norm, call.skip_nonfinite, call.seed = max_grad_norm, skip_nonfinite, seed
     with torch.no_grad():
-        torch.ops.fastnlp_ops.adafactor_step_(
-            params,
-            grads,
-            rows,
-            cols,
-            vectors,
-            moments,
-            averages,
-            steps,
-            rms,
-            op_lr([lr]),
-            [0] * len(params),
-            options,
-            grad_scale,
-            found_inf,
-            max_grad_norm or 0.0,
-            skip_nonfinite,
-            seed,
-            ids,
-            None,
-            [],
-            15,
-        )
+        call.run()
 
 
 class Adafactor(FactoredOptimizer):

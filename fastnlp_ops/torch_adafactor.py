@@ -5,7 +5,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from fastnlp_ops._adafactor_engine import FactoredOptimizer, op_options
+from fastnlp_ops._adafactor_call import op_options
+from fastnlp_ops._adafactor_engine import FactoredOptimizer
 
 
 class TorchAdafactor(FactoredOptimizer):

@@ -351,7 +351,7 @@ def test_contract_finds_the_way_down(contiguous, with_lrsched):
         for _ in range(20):
             loss = optimizer.step(closure)
             if schedule:
-                schedule.step(loss)
+                schedule.step(loss.detach())
         last = closure().item()
         assert last > first if options.get("maximize") else last < first
 
