@@ -36,10 +36,10 @@ try:
 except _metadata.PackageNotFoundError:  # a source tree on PYTHONPATH
     __version__ = "0+source"
 __all__ = [
-    "CRF",
-    "MEMM",
     "Adafactor",
+    "CRF",
     "Lookahead",
+    "MEMM",
     "PiecewiseLinearLR",
     "TorchAdafactor",
     "__version__",

@@ -14,7 +14,11 @@ if not torch.distributed.is_available():
     pytest.skip("this torch has no torch.distributed", allow_module_level=True)
 
 PROCESSES = Path(__file__).with_name("adafactor_processes.py")
-SCENARIOS = re.findall(r"^def (test_\w+)", PROCESSES.read_text(), re.MULTILINE)
+SCENARIOS = [
+    name
+    for module in ("adafactor_tensors.py", "adafactor_models.py")
+    for name in re.findall(r"^def (test_\w+)", PROCESSES.with_name(module).read_text(), re.MULTILINE)
+]
 
 
 def launch(world, folder, *scenario, timeout=600):
