@@ -12,8 +12,7 @@ namespace FASTNLP_ISA {
 namespace {
 
 constexpr int kRows = 4;              // that enter the column sums at a time, so that those are read and written once
-constexpr int64_t kBlock = 4096;      // longest sum in C
-constexpr int64_t kPrefetch = 8;      // cache lines
+constexpr int64_t kBlock = 2048;      // longest sum in C
 
 template <class C>
 int64_t padded_row(int64_t n) {
@@ -46,12 +45,12 @@ double sum_of_squares(const T* row, int64_t n) {
   return total;
 }
 
-// cs += g^2, W += g^2 * weight for K rows; `next` is where the rows that follow begin, which the prefetcher of the
-// machine does not know before they are asked for.
+// cs += g^2, W += g^2 * weight for K rows.
 template <int K, class C, class G>
-void add_columns(const G* const* rows, const C* weights, int64_t n, const G* const* next, C* cs, C* w) {
+void add_columns(const G* const* rows, const C* weights, int64_t n, C* cs, C* w) {
   constexpr int lanes = Simd<C>::lanes;
-  const auto add = [&](const Vec<C>* g, int64_t j) {
+  Vec<C> g[K];
+  const auto add = [&](int64_t j) {
     Vec<C> sum = load(cs + j), weighted = load(w + j);
     for (int k = 0; k < K; ++k) {
       const Vec<C> square = g[k] * g[k];
@@ -61,18 +60,14 @@ void add_columns(const G* const* rows, const C* weights, int64_t n, const G* con
     store(cs + j, sum);
     store(w + j, weighted);
   };
-  Vec<C> g[K];
   int64_t j = 0;
   for (; j + lanes <= n; j += lanes) {
-    for (int k = 0; k < K; ++k) {
-      g[k] = widen(rows[k] + j);
-      __builtin_prefetch(next[k] + j);
-    }
-    add(g, j);
+    for (int k = 0; k < K; ++k) g[k] = widen(rows[k] + j);
+    add(j);
   }
   if (j == n) return;
   for (int k = 0; k < K; ++k) g[k] = widen_tail(rows[k] + j, n - j);
-  add(g, j);
+  add(j);
 }
 
 // x += g * p * weight.
@@ -98,21 +93,20 @@ struct Update {
   uint64_t first;  // number of the first element
 };
 
-// Without momentum, average, clamp and dithering.
-template <class C, class P, class G>
-void update_plainly(const Update<C>& u, P* p, const G* g, const C* column, int64_t n) {
+// p = keep * p - factor * (g * column) for K rows: no momentum, average, clamp or dithering.
+template <int K, class C, class P, class G>
+void update_plainly(C keep, const C* factors, P* const* rows, const G* const* grads, const C* column, int64_t n) {
   constexpr int lanes = Simd<C>::lanes;
-  const Vec<C> keep = splat(u.keep), factor = splat(u.gain * u.row);
-  const auto updated = [&](Vec<C> p, Vec<C> g, Vec<C> c) { return keep * p - factor * (g * c); };
+  const auto updated = [&](Vec<C> p, Vec<C> g, Vec<C> c, int k) { return splat(keep) * p - splat(factors[k]) * (g * c); };
   int64_t j = 0;
   for (; j + lanes <= n; j += lanes) {
-    __builtin_prefetch(p + j + kPrefetch * 64 / sizeof(P), 1);
-    __builtin_prefetch(g + j + kPrefetch * 64 / sizeof(G));
-    narrow(p + j, updated(widen(p + j), widen(g + j), load(column + j)));
+    const Vec<C> c = load(column + j);
+    for (int k = 0; k < K; ++k) narrow(rows[k] + j, updated(widen(rows[k] + j), widen(grads[k] + j), c, k));
   }
-  if (j < n)
-    narrow_tail(p + j, updated(widen_tail(p + j, n - j), widen_tail(g + j, n - j), widen_tail(column + j, n - j)),
-                n - j);
+  if (j == n) return;
+  const Vec<C> c = widen_tail(column + j, n - j);
+  for (int k = 0; k < K; ++k)
+    narrow_tail(rows[k] + j, updated(widen_tail(rows[k] + j, n - j), widen_tail(grads[k] + j, n - j), c, k), n - j);
 }
 
 template <class C, class P, class G>
@@ -218,11 +212,9 @@ struct Kernel {
     for (int64_t i = begin; i < end; i += kRows) {
       const int count = static_cast<int>(std::min<int64_t>(kRows, end - i));
       const G* g[kRows];
-      const G* next[kRows];
       C weights[kRows], roots[kRows];
       for (int k = 0; k < count; ++k) {
         g[k] = grad_row(grads, i + k, room.grad[k]);
-        next[k] = g[k] == room.grad[k] ? g[k] : g[k] + kRows * t.grad.row_stride;
         if (own_rows) {
           const double sum = sum_of_squares<C>(g[k], n);
           row_sums(b)[i + k] = static_cast<C>(sum);
@@ -235,9 +227,9 @@ struct Kernel {
         roots[k] = factor == 0 ? C(0) : static_cast<C>(grad / std::sqrt(static_cast<double>(factor)));
       }
       if (own_columns && count == kRows)
-        add_columns<kRows>(g, weights, n, next, into, into + padded);
+        add_columns<kRows>(g, weights, n, into, into + padded);
       else if (own_columns)
-        for (int k = 0; k < count; ++k) add_columns<1>(g + k, weights + k, n, next + k, into, into + padded);
+        for (int k = 0; k < count; ++k) add_columns<1>(g + k, weights + k, n, into, into + padded);
       if (!needs_param) continue;
       for (int k = 0; k < count; ++k) {
         const P* p = row<P>(t.param, params, i + k, room.param);
@@ -339,24 +331,41 @@ struct Kernel {
     Update<C> u = update();
     u.limit = limit(b);
     Dither random{item.key, t.per_col};
-    const bool plain = !t.moment.data && !t.average.data && !u.dither && u.limit == static_cast<C>(INFINITY);
-    for (int64_t i = begin; i < end; ++i) {
+    const auto begin_row = [&](int64_t i) {
       const C factor = row_factor(b, i);
       u.still = group.lazy != 0 && row_sums(b)[i] == 0;
       u.row = row_scale(b, factor);
-      u.first = t.first + static_cast<uint64_t>(b) * t.per_batch + static_cast<uint64_t>(i) * t.per_row;
       row_state(b)[i] = factor;
+    };
+    int64_t i = begin;
+    if (!t.moment.data && !t.average.data && !u.dither && u.limit == static_cast<C>(INFINITY) && group.lazy == 0 &&
+        t.param.col_stride == 1 && t.grad.col_stride == 1 && t.grad_dtype == TypeOf<G>::dtype) {
+      // Rows far apart are streams of their own for the machine's prefetcher; rows that touch would be one.
+      const int64_t apart = (end - begin) / kRows;
+      for (; i < begin + apart; ++i) {
+        P* p[kRows];
+        const G* g[kRows];
+        C factors[kRows];
+        for (int k = 0; k < kRows; ++k) {
+          begin_row(i + k * apart);
+          p[k] = static_cast<P*>(t.param.data) + params + (i + k * apart) * t.param.row_stride;
+          g[k] = static_cast<const G*>(t.grad.data) + grads + (i + k * apart) * t.grad.row_stride;
+          factors[k] = u.gain * u.row;
+        }
+        update_plainly<kRows>(u.keep, factors, p, g, column, n);
+      }
+      i = begin + kRows * apart;
+    }
+    for (; i < end; ++i) {
+      begin_row(i);
+      u.first = t.first + static_cast<uint64_t>(b) * t.per_batch + static_cast<uint64_t>(i) * t.per_row;
       const G* g = grad_row(grads, i, room.grad[0]);
       P* p = const_cast<P*>(row<P>(t.param, params, i, room.param));
-      if (plain) {
-        if (!u.still) update_plainly(u, p, g, column, n);
-      } else {
-        C* m = t.moment.data ? const_cast<C*>(row<C>(t.moment, moments, i, room.moment)) : nullptr;
-        C* e = t.average.data ? const_cast<C*>(row<C>(t.average, averages, i, room.average)) : nullptr;
-        update_fully(u, random, p, g, column, m, e, n);
-        if (m == room.moment) put_back(t.moment, moments, i, m);
-        if (e == room.average) put_back(t.average, averages, i, e);
-      }
+      C* m = t.moment.data ? const_cast<C*>(row<C>(t.moment, moments, i, room.moment)) : nullptr;
+      C* e = t.average.data ? const_cast<C*>(row<C>(t.average, averages, i, room.average)) : nullptr;
+      update_fully(u, random, p, g, column, m, e, n);
+      if (m == room.moment) put_back(t.moment, moments, i, m);
+      if (e == room.average) put_back(t.average, averages, i, e);
       if (p == room.param) put_back(t.param, params, i, p);
     }
   }
@@ -426,7 +435,7 @@ struct Kernel {
       scale_block(first, count, g, static_cast<C*>(t.row) + first, room.columns);
       u.first = t.first + static_cast<uint64_t>(first) * t.per_col;
       if (!t.moment.data && !t.average.data && !u.dither) {
-        update_plainly(u, p, g, room.columns, count);
+        update_plainly<1>(u.keep, &u.gain, &p, &g, room.columns, count);
       } else {
         C* m = t.moment.data ? const_cast<C*>(elements<C>(t.moment, TypeOf<C>::dtype, first, count, room.moment))
                              : nullptr;
