@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -95,9 +95,22 @@ def op_lr(values: Sequence[float | Tensor | None]) -> Tensor:
     return torch.stack([x.to(device, torch.float64, non_blocking=True).reshape(()) for x in tensors])
 
 
+class Split(NamedTuple):
+    """The process groups over which a parameter's rows, columns and leading dimensions are split; a vector leads."""
+
+    rows: tuple[Any, ...]
+    cols: tuple[Any, ...]
+    lead: tuple[Any, ...]
+
+    @property
+    def all(self) -> tuple[Any, ...]:
+        """Every group that has a part in the parameter."""
+        return self.rows + self.cols + self.lead
+
+
 @dataclass
 class Call:
-    """One call of the op: parameters of one device and compute dtype, each as far as this process holds it."""
+    """One call of the op: parameters of one device, compute dtype and way of being split, as far as they are here."""
 
     params: list[Tensor] = field(default_factory=list)
     grads: list[Tensor] = field(default_factory=list)
@@ -109,7 +122,9 @@ class Call:
     group_of: list[int] = field(default_factory=list)
     ids: list[int] = field(default_factory=list)
     shards: list[int] = field(default_factory=list)
-    states: list[dict[str, Any]] = field(default_factory=list)  # whose step counts and RMS are those of the call
+    owners: list[Tensor] = field(default_factory=list)  # the parameters as the optimizer has them
+    states: list[dict[str, Any]] = field(default_factory=list)
+    split: Split | None = None
 
     steps: Tensor | None = None
     rms: Tensor | None = None
@@ -151,3 +166,6 @@ class Call:
             self.shards,
             phases,
         )
+        if not torch.compiler.is_compiling():  # kernels of the stable ABI leave alone what autograd sees changes by
+            written = [self.params, self.rows, self.cols, self.vectors, self.moments, self.averages]
+            torch.autograd.graph.increment_version([tensor for tensors in written for tensor in tensors])

@@ -1,10 +1,9 @@
 """The engine of both optimizers: from parameter groups and their state to one call of the op for each device."""
 
-import itertools
 import operator
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +20,29 @@ from fastnlp_ops._adafactor_shards import (
     split_of,
     zeros_like_part,
 )
+
+
+class Plan(NamedTuple):
+    """Calls of the op, and what they were made from: as long as all of it is as it was, so are they."""
+
+    calls: list[Call]
+    params: list[Tensor]
+    missing: list[bool]  # which of the parameters have no gradient
+    states: list[dict[str, Any]]  # of those that have one
+    watched: list[Any]  # the values in them
+    extras: list[bool]
+
+    def holds(self, optimizer: "FactoredOptimizer", params: list[Tensor], grads: Sequence[Tensor | None]) -> bool:
+        """Whether the calls are those of the optimizer still."""
+        if self.missing != [grad is None for grad in grads] or self.extras != optimizer._extras():
+            return False
+        states = [optimizer.state.get(p) for p, missing in zip(params, self.missing, strict=True) if not missing]
+        values = [value for state in self.states for value in state.values()]
+        return _same(self.params, params) and _same(self.states, states) and _same(self.watched, values)
+
+
+def _same(ours: Sequence[Any], theirs: Sequence[Any]) -> bool:
+    return len(ours) == len(theirs) and all(map(operator.is_, ours, theirs))
 
 
 class FactoredOptimizer(Optimizer):
@@ -42,14 +64,9 @@ class FactoredOptimizer(Optimizer):
     accumulation_steps: int = 1
 
     def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
-        self._forget()
+        self._plans: list[Plan] = []  # one or none; a list, because torch.compile keeps what is written into it
         self._gathered = 0  # backward passes since the last update
         super().__init__(params, defaults)
-
-    def _forget(self) -> None:
-        """What is kept between steps to make them short; all of it follows from the parameters and their state."""
-        self._packs: dict[tuple[Any, ...], tuple[list[Tensor], Tensor, list[Tensor], Tensor]] = {}
-        self._layouts: dict[Tensor, tuple[Split | None, list[int]]] = {}
 
     def group_options(self, group: dict[str, Any], dtype: torch.dtype) -> list[float]:
         """The group as the op knows it."""
@@ -69,9 +86,11 @@ class FactoredOptimizer(Optimizer):
         self._gathered += 1
         if self._gathered >= self.accumulation_steps:
             self._gathered = 0
-            groups = [group["params"] for group in self.param_groups]
-            index = itertools.count()
-            self._update((k, next(index), p) for k, group in enumerate(groups) for p in group)
+            params = [p for group in self.param_groups for p in group["params"]]
+            grads = [p.grad for p in params]
+            if not (self._plans and self._plans[0].holds(self, params, grads)):
+                self._plans[:] = [self._make_plan(params, grads)]
+            self._run(self._plans[0].calls)
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -79,58 +98,80 @@ class FactoredOptimizer(Optimizer):
         if self._gathered == 0:
             super().zero_grad(set_to_none)
 
-    def _update(self, parameters: Iterable[tuple[int, int, Tensor]]) -> None:
-        """One step of (group, id, parameter); nothing has been written when an argument is wrong."""
+    def _make_plan(self, params: list[Tensor], grads: Sequence[Tensor | None]) -> "Plan":
+        """Calls for the parameters that have a gradient, with all but what changes at every step."""
         calls: dict[tuple[torch.device, torch.dtype, Split | None], Call] = {}
-        for group, tensor_id, p in parameters:
-            if p.grad is not None:
-                sharded = hasattr(p, "placements")
-                if sharded and p not in self._layouts:
-                    split = split_of(p)
-                    self._layouts[p] = split, geometry(p) if split else []
-                split, shard = self._layouts[p] if sharded else (None, [])
-                call = calls.setdefault((p.device, compute_dtype(p), split), Call())
-                self._add(call, group, tensor_id, p, p.grad, sharded)
-                call.shards += shard
+        states = []
+        groups = (k for k, group in enumerate(self.param_groups) for _ in group["params"])
+        for index, (p, grad, group) in enumerate(zip(params, grads, groups, strict=True)):
+            if grad is not None:
+                split = split_of(p) if hasattr(p, "placements") else None
+                key = (p.device, compute_dtype(p), split)
+                if key not in calls:
+                    calls[key] = Call(split=split)
+                self._add(calls[key], group, index, p)
+                states.append(self.state[p])
+        for call in calls.values():
+            self._pack(call)
+        watched = [value for state in states for value in state.values()]
+        return Plan(list(calls.values()), params, [grad is None for grad in grads], states, watched, self._extras())
+
+    def _extras(self) -> list[bool]:
+        """What of the groups' options decides which lists the op takes."""
+        return [group.get(name) is None for group in self.param_groups for name in ("beta1", "ema_decay")]
+
+    def _update_in_backward(self, index: int, p: Tensor) -> None:
+        """A step of one parameter, of the first group."""
+        call = Call(split=split_of(p) if hasattr(p, "placements") else None)
+        self._add(call, 0, index, p)
+        self._pack(call)
+        self._run([call])
+
+    def _add(self, call: Call, group: int, index: int, p: Tensor) -> None:
+        """Enters a parameter, the index-th of all, into a call."""
+        state, options = self.state[p], self.param_groups[group]
+        if "step" not in state:
+            self._complete(state, p, options)
+        if p.dim() > 1:
+            call.rows.append(local(state[self.row_key]))
+            call.cols.append(local(state[self.col_key]))
+        else:
+            call.vectors.append(local(state[self.vector_key]))
+        if options.get("beta1") is not None:
+            call.moments.append(local(state["exp_avg"]))
+        if options.get("ema_decay") is not None:
+            call.averages.append(local(state["average"]))
+        call.params.append(local(p))
+        call.owners.append(p)
+        call.states.append(state)
+        call.group_of.append(group)
+        call.ids.append(index)
+        if call.split is not None:
+            call.shards += geometry(p)
+
+    def _run(self, calls: list[Call]) -> None:
+        """One step; nothing has been written when an argument is wrong."""
+        for call in calls:
+            call.grads = [local_grad(p, p.grad) for p in call.owners]
+            if any(grad.layout != torch.strided for grad in call.grads):
+                raise RuntimeError("Adafactor does not support sparse gradients")
         scale, found = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)  # GradScaler sets both
         if self.accumulation_steps > 1:
             scale = torch.full((), float(self.accumulation_steps)) if scale is None else scale * self.accumulation_steps
         lr = op_lr([group["lr"] for group in self.param_groups])
-        for key, call in calls.items():
-            device, dtype, _ = key
-            call.steps, call.rms = self._pack(key, call.states)
+        for call in calls:
+            device, dtype = call.params[0].device, compute_dtype(call.params[0])
             call.lr = lr if lr.device == device else lr.to("cpu")
             call.options = [x for group in self.param_groups for x in self.group_options(group, dtype)]
             call.grad_scale = None if scale is None else scale.to(device, torch.float32)
             call.found_inf = None if found is None else found.to(device, torch.float32)
             call.max_grad_norm, call.skip_nonfinite = self.max_grad_norm, self.skip_nonfinite
-        splits = [split for _, _, split in calls]
         one_norm = len(calls) > 1 and (self.max_grad_norm is not None or self.skip_nonfinite)
-        if one_norm or any(splits):
-            run_in_phases(list(zip(calls.values(), splits, strict=True)))
+        if one_norm or any(call.split for call in calls):
+            run_in_phases(calls)
         else:
-            for call in calls.values():
+            for call in calls:
                 call.run()
-
-    def _add(self, call: Call, group: int, tensor_id: int, p: Tensor, grad: Tensor, sharded: bool) -> None:
-        if grad.layout != torch.strided:
-            raise RuntimeError("Adafactor does not support sparse gradients")
-        state, options = self.state[p], self.param_groups[group]
-        if "step" not in state:
-            self._complete(state, p, options)
-        names = (self.row_key, self.col_key) if p.dim() > 1 else (self.vector_key,)
-        lists = (call.rows, call.cols) if p.dim() > 1 else (call.vectors,)
-        for name, tensors in zip(names, lists, strict=True):
-            tensors.append(local(state[name]) if sharded else state[name])
-        if options.get("beta1") is not None:
-            call.moments.append(local(state["exp_avg"]) if sharded else state["exp_avg"])
-        if options.get("ema_decay") is not None:
-            call.averages.append(local(state["average"]) if sharded else state["average"])
-        call.params.append(local(p) if sharded else p)
-        call.grads.append(local_grad(p, grad) if sharded else grad)
-        call.states.append(state)
-        call.group_of.append(group)
-        call.ids.append(tensor_id)
 
     def _complete(self, state: dict[str, Any], p: Tensor, group: dict[str, Any]) -> None:
         """What the state lacks: zeros, and an average that starts at the parameter."""
@@ -157,23 +198,17 @@ class FactoredOptimizer(Optimizer):
             return zeros_like_part(p, row if name == self.row_key else col, dims, compute_dtype(p))
         return zeros_like_part(p, tuple(p.shape), dict(enumerate(range(p.dim()))), compute_dtype(p))
 
-    def _pack(self, key: tuple[Any, ...], states: list[dict[str, Any]]) -> tuple[Tensor, Tensor | None]:
-        """Step counts and RMS as the op wants them, [n] each; those in the state are views of these."""
-        rms_key = self.rms_key
-        if len(states) == 1:
-            return states[0]["step"].view(1), None if rms_key is None else states[0][rms_key].view(1)
-        own_steps = [state["step"] for state in states]
-        own_rms = [] if rms_key is None else [state[rms_key] for state in states]
-        pack = self._packs.get(key)
-        if pack is None or not (_same(pack[0], own_steps) and _same(pack[2], own_rms)):
-            steps, rms = (torch.stack(x) if x else torch.empty(0) for x in (own_steps, own_rms))
-            pack = list(steps.unbind()), steps, list(rms.unbind()), rms
-            for k, state in enumerate(states):
-                state["step"] = pack[0][k]
-                if rms_key is not None:
-                    state[rms_key] = pack[2][k]
-            self._packs[key] = pack
-        return pack[1], None if rms_key is None else pack[3]
+    def _pack(self, call: Call) -> None:
+        """Step counts and RMS as the op wants them, [n] each; those in the state become views of these."""
+        for name, packed in (("step", "steps"), (self.rms_key, "rms")):
+            if name is not None:
+                if len(call.states) == 1:
+                    setattr(call, packed, call.states[0][name].view(1))
+                    continue
+                values = torch.stack([state[name] for state in call.states])
+                setattr(call, packed, values)
+                for state, value in zip(call.states, values.unbind(), strict=True):
+                    state[name] = value
 
     @contextmanager
     def averaged_weights(self) -> Iterator[None]:
@@ -196,7 +231,7 @@ class FactoredOptimizer(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._forget()
+        self._plans = []
         for group in self.param_groups:
             for name, value in self.defaults.items():
                 if name != "differentiable":  # the base class leaves that in defaults
@@ -247,7 +282,3 @@ class _Untouched:
 
     def __init__(self, tensor: Tensor) -> None:
         self.tensor = tensor.detach().clone()
-
-
-def _same(ours: list[Tensor], theirs: list[Tensor]) -> bool:
-    return len(ours) == len(theirs) and all(map(operator.is_, ours, theirs))

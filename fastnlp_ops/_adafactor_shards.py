@@ -2,30 +2,17 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastnlp_ops._adafactor_call import Call
+from fastnlp_ops._adafactor_call import Call, Split
 
 # Phases of the op (csrc/adafactor.h).
 _ROWS, _COLUMNS, _NORMS, _APPLY = 1, 2, 4, 8
 
 Groups = tuple[Any, ...]  # of torch.distributed
-
-
-class Split(NamedTuple):
-    """The process groups over which a parameter's rows, columns and leading dimensions are split; a vector leads."""
-
-    rows: Groups
-    cols: Groups
-    lead: Groups
-
-    @property
-    def all(self) -> Groups:
-        """Every group that has a part in the parameter."""
-        return self.rows + self.cols + self.lead
 
 
 def split_of(p: Any) -> Split | None:
@@ -121,11 +108,12 @@ def _room_for_sums(call: Call) -> tuple[Tensor, int]:
 Run = tuple[int, list[tuple[Tensor, Groups]]]  # phases, and what is added up over which groups after them
 
 
-def _plan(call: Call, split: Split, norm_before: int) -> list[Run]:
+def _plan(call: Call, norm_before: int) -> list[Run]:
     """The phases of a call in as few runs as possible: a number is added up before the phase that reads it.
 
     norm_before: the phase that reads the norm of all gradients, of this call and of the others; 0 if none does.
     """
+    split = call.split or Split((), (), ())
     call.sums, rows_at = _room_for_sums(call)
     scalars_end = 1 + 3 * len(call.params)
     scalars = call.sums[1:scalars_end].view(-1, 3)
@@ -154,31 +142,31 @@ def _plan(call: Call, split: Split, norm_before: int) -> list[Run]:
     return [*runs, (phases, list(waiting.values()))]
 
 
-def run_in_phases(calls: Sequence[tuple[Call, Split | None]]) -> None:
+def run_in_phases(calls: Sequence[Call]) -> None:
     """A step of calls that know each other's sums: one exchange for all where rows or leading dimensions are split.
 
     A second exchange where columns are split, in torch mode where rows are, and for max_grad_norm. All processes must
     have gradients for the same parameters.
     """
-    clip, skip = calls[0][0].max_grad_norm is not None, calls[0][0].skip_nonfinite
-    spread = any(split for _, split in calls)
-    found = [call.found_inf for call, _ in calls]
+    clip, skip = calls[0].max_grad_norm is not None, calls[0].skip_nonfinite
+    spread = any(call.split for call in calls)
+    found = [call.found_inf for call in calls]
     if spread and found[0] is not None:
         # A process may have seen an infinity that others have not: the norm, which is infinite then, tells them.
         skip = True
-        for call, _ in calls:
+        for call in calls:
             call.found_inf, call.skip_nonfinite = None, True
     norm_before = _COLUMNS if clip else _APPLY if skip else 0
-    plans = [_plan(call, split or Split((), (), ()), norm_before) for call, split in calls]
+    plans = [_plan(call, norm_before) for call in calls]
     for turn in range(max(map(len, plans))):
         exchanged = []
-        for (call, _), plan in zip(calls, plans, strict=True):
+        for call, plan in zip(calls, plans, strict=True):
             if turn < len(plan):
                 phases, parts = plan[turn]
                 call.run(phases)
                 exchanged += parts
         if turn == 0 and norm_before:
-            norms = [call.sums[:1] for call, _ in calls if call.sums is not None]
+            norms = [call.sums[:1] for call in calls if call.sums is not None]
             if spread and found[0] is not None:
                 norms[0] += torch.where(found[0].reshape(1) != 0, math.inf, 0.0).to(norms[0])
             _add_up(exchanged)

@@ -335,7 +335,7 @@ def adafactor_in_backward(model: nn.Module, **options: Any) -> Adafactor:
 
     def update(p: Tensor, index: int) -> None:
         with torch.no_grad():
-            optimizer._update([(0, index, p)])
+            optimizer._update_in_backward(index, p)
         p.grad = None
 
     for index, p in enumerate(params):
