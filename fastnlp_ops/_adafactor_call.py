@@ -125,6 +125,7 @@ class Call:
     owners: list[Tensor] = field(default_factory=list)  # the parameters as the optimizer has them
     states: list[dict[str, Any]] = field(default_factory=list)
     split: Split | None = None
+    spread: bool = False  # whether DTensors are among the owners
 
     steps: Tensor | None = None
     rms: Tensor | None = None

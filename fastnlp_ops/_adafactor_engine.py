@@ -30,7 +30,7 @@ class Plan(NamedTuple):
     missing: list[bool]  # which of the parameters have no gradient
     states: list[dict[str, Any]]  # of those that have one
     watched: list[Any]  # the values in them
-    extras: list[bool]
+    extras: list[int]
 
     def holds(self, optimizer: "FactoredOptimizer", params: list[Tensor], grads: Sequence[Tensor | None]) -> bool:
         """Whether the calls are those of the optimizer still."""
@@ -116,9 +116,11 @@ class FactoredOptimizer(Optimizer):
         watched = [value for state in states for value in state.values()]
         return Plan(list(calls.values()), params, [grad is None for grad in grads], states, watched, self._extras())
 
-    def _extras(self) -> list[bool]:
-        """What of the groups' options decides which lists the op takes."""
-        return [group.get(name) is None for group in self.param_groups for name in ("beta1", "ema_decay")]
+    def _extras(self) -> list[int]:
+        """What of the groups decides how calls are made up: their sizes, and the lists that their options ask for."""
+        options = ("beta1", "ema_decay")
+        sizes = [len(group["params"]) for group in self.param_groups]
+        return sizes + [group.get(name) is None for group in self.param_groups for name in options]
 
     def _update_in_backward(self, index: int, p: Tensor) -> None:
         """A step of one parameter, of the first group."""
@@ -141,6 +143,7 @@ class FactoredOptimizer(Optimizer):
             call.moments.append(local(state["exp_avg"]))
         if options.get("ema_decay") is not None:
             call.averages.append(local(state["average"]))
+        call.spread = call.spread or hasattr(p, "placements")
         call.params.append(local(p))
         call.owners.append(p)
         call.states.append(state)
@@ -153,6 +156,8 @@ class FactoredOptimizer(Optimizer):
         """One step; nothing has been written when an argument is wrong."""
         for call in calls:
             call.grads = [local_grad(p, p.grad) for p in call.owners]
+            if call.spread:  # FSDP2 may have given a parameter new memory
+                call.params = [local(p) for p in call.owners]
             if any(grad.layout != torch.strided for grad in call.grads):
                 raise RuntimeError("Adafactor does not support sparse gradients")
         scale, found = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)  # GradScaler sets both
