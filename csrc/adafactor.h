@@ -37,6 +37,7 @@ struct AdafactorGroup {
   double lazy;
   double average_decay;  // below 0: no average
   double stochastic;     // rounding of bfloat16 and float16 parameters
+  double lr_scale;       // factor of the learning rate, relative steps included
 };
 constexpr int64_t kAdafactorOptions = sizeof(AdafactorGroup) / sizeof(double);
 
@@ -134,7 +135,8 @@ FASTNLP_SHARED AdafactorScalars adafactor_scalars(const AdafactorGroup& group, d
   const double relative = 1 / sqrt(step);
   const double most = torch_mode ? lr : group.relative_step == 2 ? 1e-6 * step : 1e-2;
   s.lr = torch_mode || group.relative_step != 0 ? (most < relative ? most : relative) : lr;
-  s.decay = group.weight_decay * lr;
+  s.lr *= group.lr_scale;
+  s.decay = group.weight_decay * lr * group.lr_scale;
   s.grad = group.maximize != 0 ? -grad_factor : grad_factor;
   return s;
 }

@@ -11,8 +11,11 @@ if _torch.version.cuda is not None and (_folder / "libfastnlp_cuda.so").exists()
     _torch.ops.load_library(_folder / "libfastnlp_cuda.so")
 
 from fastnlp_ops import reference  # noqa: E402  (what follows needs the ops)
+from fastnlp_ops._ops import adafactor as _adafactor  # noqa: E402, F401
 from fastnlp_ops._ops import crf as _crf  # noqa: E402, F401
 from fastnlp_ops._ops import memm as _memm  # noqa: E402, F401
+from fastnlp_ops.adafactor import Adafactor, adafactor_in_backward, adafactor_step_  # noqa: E402
+from fastnlp_ops.adafactor_schedule import Lookahead, PiecewiseLinearLR, learning_rate_groups  # noqa: E402
 from fastnlp_ops.crf import (  # noqa: E402
     crf_entropy,
     crf_log_likelihood,
@@ -26,15 +29,22 @@ from fastnlp_ops.crf_module import CRF  # noqa: E402
 from fastnlp_ops.crf_state_dict import convert_crf_state_dict  # noqa: E402
 from fastnlp_ops.memm import MEMM, memm_log_likelihood, memm_viterbi  # noqa: E402
 from fastnlp_ops.tag_schemes import spans_to_tags, tags_to_spans, transition_mask  # noqa: E402
+from fastnlp_ops.torch_adafactor import TorchAdafactor  # noqa: E402
 
 try:
     __version__ = _metadata.version("fastnlp_ops")  # pyproject.toml holds the only version string
 except _metadata.PackageNotFoundError:  # a source tree on PYTHONPATH
     __version__ = "0+source"
 __all__ = [
+    "Adafactor",
     "CRF",
+    "Lookahead",
     "MEMM",
+    "PiecewiseLinearLR",
+    "TorchAdafactor",
     "__version__",
+    "adafactor_in_backward",
+    "adafactor_step_",
     "convert_crf_state_dict",
     "crf_entropy",
     "crf_log_likelihood",
@@ -43,6 +53,7 @@ __all__ = [
     "crf_partial_log_likelihood",
     "crf_sample",
     "crf_viterbi",
+    "learning_rate_groups",
     "memm_log_likelihood",
     "memm_viterbi",
     "reference",
