@@ -226,7 +226,8 @@ struct AdafactorCall {
   // A matrix stored by columns is read as its transpose. Sums between ranks and lazy rows know rows and columns apart.
   void transpose(AdafactorTensor& t) const {
     const bool by_columns = t.param.row_stride == 1 && (t.param.col_stride != 1 || t.cols == 1);
-    if (!t.factored || !by_columns || t.rows == 1 || t.batch != 1 || arguments.sums || groups[t.group].lazy != 0) return;
+    if (!t.factored || !by_columns || t.rows == 1 || t.batch != 1 || arguments.sums || groups[t.group].lazy != 0)
+      return;
     t.transposed = true;
     std::swap(t.rows, t.cols);
     std::swap(t.row, t.col);

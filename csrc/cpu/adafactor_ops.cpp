@@ -57,11 +57,10 @@ struct Step {
   const AdafactorArguments& a;
   const size_t size;  // of C
   const bool gated;   // nothing may be written before everything has been summed
-  std::vector<double> own_sums;
   void* sums;
   std::vector<Item> items;
   std::vector<Item*> large, small;
-  std::vector<double> strips;
+  std::vector<Tensor> own;  // memory of torch's allocator, which a profiler sees
   size_t scratch = 0;
   int64_t phases;  // of the pass that runs
 
@@ -72,8 +71,7 @@ struct Step {
         gated(arguments.max_grad_norm > 0 || arguments.skip_nonfinite),
         items(call.tensors.size()) {
     if (items.empty() || (a.found_inf && a.found_inf->const_data_ptr<float>()[0] != 0)) return;
-    if (!a.sums) own_sums.resize((static_cast<size_t>(call.sums_size) * size + 7) / 8);
-    sums = a.sums ? a.sums->mutable_data_ptr() : own_sums.data();
+    sums = a.sums ? a.sums->mutable_data_ptr() : memory(call.sums_size * static_cast<int64_t>(size));
     const double clip = a.phases & kAdafactorRows ? 1 : clip_factor();
     for (size_t i = 0; i < items.size(); ++i) prepare(static_cast<int64_t>(i), clip);
     place_strips();
@@ -81,6 +79,11 @@ struct Step {
   }
 
  private:
+  void* memory(int64_t bytes) {
+    own.push_back(new_tensor(a.params[0], {bytes}, ScalarType::Byte));
+    return own.back().mutable_data_ptr();
+  }
+
   double sum(int64_t at) const {
     return size == 8 ? static_cast<const double*>(sums)[at] : static_cast<double>(static_cast<const float*>(sums)[at]);
   }
@@ -133,9 +136,9 @@ struct Step {
       width = std::max(width, static_cast<size_t>(item->units[kAccumulate] * columns_bytes(*item) + 63) / 64 * 64);
       striped.push_back(item);
     }
-    strips.resize((widest[0] + widest[1]) / sizeof(double));
+    char* const place = static_cast<char*>(memory(static_cast<int64_t>(widest[0] + widest[1])));
     for (size_t k = 0; k < striped.size(); ++k) {
-      striped[k]->columns = reinterpret_cast<char*>(strips.data()) + (k % 2) * widest[0];
+      striped[k]->columns = place + (k % 2) * widest[0];
       striped[k]->earlier = k >= 2 ? striped[k - 2] : nullptr;
     }
   }

@@ -1,5 +1,5 @@
-// The CUDA side of one step of Adafactor over many parameters (csrc/adafactor.h): a plan made on the host, a table of it
-// on the device, and launches whose number does not depend on how many tensors there are.
+// The CUDA side of one step of Adafactor over many parameters (csrc/adafactor.h): a plan made on the host, a table of
+// it on the device, and launches whose number does not depend on how many tensors there are.
 #pragma once
 #include <vector>
 
@@ -39,7 +39,7 @@ struct AdafactorItem {
 struct AdafactorPlan {
   int64_t tensors;
   int64_t groups;
-  bool wide = false;     // some tensor is not fused
+  bool wide = false;  // some tensor is not fused
   bool factored = false;
   bool torch_mode = false;
   int64_t sum_units = 0;
@@ -67,8 +67,8 @@ struct AdafactorLaunch {
   bool sharded;
   uint64_t seed;
   int64_t phases;
-  void* sums;        // C [sums_size]
-  bool sums_wanted;  // by the caller, not only by the kernels
+  void* sums;         // C [sums_size]
+  bool sums_wanted;   // by the caller, not only by the kernels
   bool wide_numbers;  // C is double
 };
 

@@ -54,7 +54,8 @@ struct Place {
 };
 
 template <typename C, typename P>
-__device__ void update_quad(const AdafactorTensor& t, const Update<C>& u, const Place& at, const C* g, const C* factor) {
+__device__ void update_quad(const AdafactorTensor& t, const Update<C>& u, const Place& at, const C* g,
+                            const C* factor) {
   P* const to = static_cast<P*>(t.param.data) + at.param;
   C p[4], change[4];
   load_quad(to, t.param.col_stride, at.count, p);

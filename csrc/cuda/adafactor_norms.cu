@@ -1,5 +1,5 @@
-// Between the two readings of the gradient: strips' column sums added in order, new column factors, the tensors' sum U^2
-// and what follows from it.
+// Between the two readings of the gradient: strips' column sums added in order, new column factors, the tensors'
+// sum U^2 and what follows from it.
 #include "adafactor_passes.cuh"
 
 namespace fastnlp::cuda {
@@ -133,8 +133,7 @@ __global__ void __launch_bounds__(kThreads) adafactor_exact_kernel(Arguments<C> 
   each_quad(count, t.cols, [&](int r, int64_t col, int columns) {
     C g[4], p[4] = {};
     load_quad(view.grad(), t.grad_dtype, rows.grad[r] + col * t.grad.col_stride, t.grad.col_stride, columns, g);
-    if (view.product())
-      load_param(t, rows.param[r] + col * t.param.col_stride, t.param.col_stride, columns, p);
+    if (view.product()) load_param(t, rows.param[r] + col * t.param.col_stride, t.param.col_stride, columns, p);
     const C* const roots = view.columns(rows.matrix[r]) + t.cols + col;
 #pragma unroll
     for (int e = 0; e < 4; ++e) {

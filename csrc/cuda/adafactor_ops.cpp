@@ -78,10 +78,9 @@ void adafactor_step_(std::vector<Tensor> params, std::vector<Tensor> grads, std:
                      std::optional<Tensor> found_inf, double max_grad_norm, bool skip_nonfinite, int64_t seed,
                      std::vector<int64_t> ids, std::optional<Tensor> sums, std::vector<int64_t> shards,
                      int64_t phases) {
-  const AdafactorCall call(AdafactorArguments{params,    grads,         rows,           cols, vectors, moments, averages,
-                                              steps,     rms,           lr,             group_of, options, grad_scale,
-                                              found_inf, max_grad_norm, skip_nonfinite, seed, ids,     sums,    shards,
-                                              phases});
+  const AdafactorCall call(AdafactorArguments{
+      params,  grads,      rows,      cols,          vectors,        moments, averages, steps, rms,    lr,    group_of,
+      options, grad_scale, found_inf, max_grad_norm, skip_nonfinite, seed,    ids,      sums,  shards, phases});
   if (params.empty()) return;
   for (const AdafactorTensor& t : call.tensors)
     check(t.batch * t.rows < INT32_MAX && t.batch * t.cols < INT32_MAX,

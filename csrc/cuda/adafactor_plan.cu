@@ -6,11 +6,11 @@
 namespace fastnlp::cuda {
 namespace {
 
-constexpr int64_t kStrip = 96 << 10;   // elements of a block's strip of rows
-constexpr int64_t kStripRows = 64;     // at least, so that its column sums are few beside its elements
-constexpr int64_t kApply = 48 << 10;   // elements of a block of the second pass
-constexpr int64_t kPackedRows = 64;    // of the matrices that a team takes whole
-constexpr size_t kPayload = 3968;      // bytes that travel with one launch, below the 4096 of all its arguments
+constexpr int64_t kStrip = 96 << 10;  // elements of a block's strip of rows
+constexpr int64_t kStripRows = 64;    // at least, so that its column sums are few beside its elements
+constexpr int64_t kApply = 48 << 10;  // elements of a block of the second pass
+constexpr int64_t kPackedRows = 64;   // of the matrices that a team takes whole
+constexpr size_t kPayload = 3968;     // bytes that travel with one launch, below the 4096 of all its arguments
 
 int64_t at_least(int64_t least, int64_t x) { return x > least ? x : least; }
 int64_t at_most(int64_t most, int64_t x) { return x < most ? x : most; }

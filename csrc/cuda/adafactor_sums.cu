@@ -1,6 +1,7 @@
-// The passes over the gradients: row sums, and with them the column sums cs, W, X (csrc/adafactor.h). Up to 4096 columns
-// a row stays in registers until its sum is known, so that one reading is enough; wider matrices, and those with sum U p,
-// take a second kernel. Strips of rows write sums of their own, which adafactor_norms.cu adds up in order.
+// The passes over the gradients: row sums, and with them the column sums cs, W, X (csrc/adafactor.h). Up to 4096
+// columns a row stays in registers until its sum is known, so that one reading is enough; wider matrices, and those
+// with sum U p, take a second kernel. Strips of rows write sums of their own, which adafactor_norms.cu adds up in
+// order.
 #include "adafactor_passes.cuh"
 
 namespace fastnlp::cuda {
@@ -80,7 +81,8 @@ __device__ double fuse(const View<C>& view, const Grad<G>& grad, int unit, FuseR
   const int64_t end = b < t.batch ? min(begin + item.strip_rows, t.rows) : begin;
   const int64_t step = item.packed ? 1 : teams;
   // All teams go round as often as the longest one: they meet at barriers.
-  const int rounds = int((unsigned(min(begin + item.strip_rows, t.rows) - begin) + unsigned(step) - 1) / unsigned(step));
+  const auto held = unsigned(min(begin + item.strip_rows, t.rows) - begin);
+  const int rounds = int((held + unsigned(step) - 1) / unsigned(step));
   const int64_t stride = t.grad.col_stride;
   const int64_t matrix = b < t.batch ? adafactor_matrix(t, t.grad, b) : 0;
   const C scale = C(view.control.step.grad * view.control.step.grad), share = view.row_share(view.control.step.grad);

@@ -1,6 +1,6 @@
-// Runs adafactor_step on calls from a file and writes what they leave: the emulated twin of csrc/cuda/adafactor_ops.cpp.
-// Every array is an allocation of its exact size, so that AddressSanitizer sees any step beside it; the workspace starts
-// as 0xff (NaN).
+// Runs adafactor_step on calls from a file and writes what they leave: the emulated twin of
+// csrc/cuda/adafactor_ops.cpp. Every array is an allocation of its exact size, so that AddressSanitizer sees any step
+// beside it; the workspace starts as 0xff (NaN).
 #include <list>
 #include <vector>
 
