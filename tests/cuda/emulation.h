@@ -77,6 +77,7 @@ struct Machine {
   size_t main_stack_bytes = 0;
   int threads = 0, running = 0, current = 0;
   long idle_switches = 0;
+  int64_t launches = 0;
   dim3 block, grid;
   Barrier barriers[16], warps[kMaxThreads / 32], exchanges[kMaxThreads / 32];
   uint64_t slots[kMaxThreads / 32][2][32];
@@ -336,6 +337,7 @@ template <typename... Parameters, typename... Arguments>
 cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, int threads, cudaStream_t, Arguments... arguments) {
   const std::function<void()> body = [&] { kernel(arguments...); };
   emulation::machine.grid = grid;
+  ++emulation::machine.launches;
   for (unsigned y = 0; y < grid.y; ++y) {
     for (unsigned x = 0; x < grid.x; ++x) {
       emulation::machine.block = dim3(x, y);
