@@ -161,8 +161,9 @@ class FactoredOptimizer(Optimizer):
             if any(grad.layout != torch.strided for grad in call.grads):
                 raise RuntimeError("Adafactor does not support sparse gradients")
         scale, found = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)  # GradScaler sets both
-        if self.accumulation_steps > 1:
-            scale = torch.full((), float(self.accumulation_steps)) if scale is None else scale * self.accumulation_steps
+        if self.accumulation_steps > 1 and calls:
+            scale = torch.ones((), device=calls[0].params[0].device) if scale is None else scale
+            scale = scale * self.accumulation_steps
         lr = op_lr([group["lr"] for group in self.param_groups])
         for call in calls:
             device, dtype = call.params[0].device, compute_dtype(call.params[0])

@@ -167,8 +167,9 @@ def run_in_phases(calls: Sequence[Call]) -> None:
                 exchanged += parts
         if turn == 0 and norm_before:
             norms = [call.sums[:1] for call in calls if call.sums is not None]
-            if spread and found[0] is not None:
-                norms[0] += torch.where(found[0].reshape(1) != 0, math.inf, 0.0).to(norms[0])
+            for norm, infinite in zip(norms, found, strict=True):
+                if spread and infinite is not None:
+                    norm += torch.where(infinite.reshape(1) != 0, math.inf, 0.0)
             _add_up(exchanged)
             total = torch.stack([norm.to(norms[0].device, torch.float64) for norm in norms]).sum(0)
             for norm in norms:

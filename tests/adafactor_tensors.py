@@ -203,18 +203,18 @@ def test_state_is_spread(world):
 
 def test_skip_on_all(world):
     """What is not finite in one process's part, or was found to be, stops the step in all."""
-    mesh, values = line(world), draw(0)
+    mesh, (first, *others) = line(world), draw(0)
     for reason in ("gradient", "plain gradient", "found_inf"):
-        params = [nn.Parameter(spread(x, mesh, [Shard(0)])) for x in values[:-1]] + [nn.Parameter(values[-1].clone())]
+        params = [nn.Parameter(first.clone()), *(nn.Parameter(spread(x, mesh, [Shard(0)])) for x in others)]
         optimizer = OURS(params, skip_nonfinite=reason != "found_inf", beta1=0.9)
         for p, g in zip(params, draw(1), strict=True):
             p.grad = spread(g, mesh, [Shard(0)]) if isinstance(p, DTensor) else g
         optimizer.step()
         before = [whole(p.detach()).clone() for p in params]
         if dist.get_rank() == 1 and reason == "gradient":
-            params[0].grad.to_local()[0, 0] = math.nan
+            params[2].grad.to_local()[0, 0] = math.nan
         if reason == "plain gradient":
-            params[-1].grad[0, 0] = math.inf
+            params[0].grad[0, 0] = math.inf
         if reason == "found_inf":
             optimizer.found_inf = torch.tensor(float(dist.get_rank() == 1))
         optimizer.step()
