@@ -164,7 +164,8 @@ def test_global_norm_and_skipping(step):
         after = start.copy().step(step, broken, skip_nonfinite=True)
         for (name, a), b in zip(start.tensors().items(), after.tensors().values(), strict=True):
             assert_same(a, b, name)
-        assert not start.copy().step(step, broken).params[1].isfinite().all()
+        if bad != 1e25:  # of which the square is inf, and the step 0
+            assert not start.copy().step(step, broken).params[1].isfinite().any()
     after = start.copy().step(step, grads, found_inf=torch.ones(1))
     for (name, a), b in zip(start.tensors().items(), after.tensors().values(), strict=True):
         assert_same(a, b, name)
