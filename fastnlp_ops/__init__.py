@@ -18,6 +18,7 @@ from fastnlp_ops._ops import memm as _memm  # noqa: E402, F401
 from fastnlp_ops._ops import multilabel as _multilabel  # noqa: E402, F401
 from fastnlp_ops.adafactor import Adafactor, adafactor_in_backward, adafactor_step_  # noqa: E402
 from fastnlp_ops.adafactor_schedule import Lookahead, PiecewiseLinearLR, learning_rate_groups  # noqa: E402
+from fastnlp_ops.compilation import warmup  # noqa: E402
 from fastnlp_ops.crf import (  # noqa: E402
     crf_entropy,
     crf_log_likelihood,
@@ -85,4 +86,5 @@ __all__ = [
     "sparse_multilabel_categorical_crossentropy",
     "tags_to_spans",
     "transition_mask",
+    "warmup",
 ]
