@@ -252,10 +252,11 @@ struct AdafactorCall {
     const std::optional<Tensor>& sums = arguments.sums;
     check(sums || arguments.phases == kAdafactorAll, "sums must be given where phases is not 15, got ",
           arguments.phases);
-    check(!sums || (sums->dim() == 1 && sums->numel() == sums_size && sums->is_contiguous() &&
-                    sums->scalar_type() == compute && sums->device() == first().device()),
+    if (!sums) return;
+    check(sums->dim() == 1 && sums->numel() == sums_size && sums->is_contiguous() && sums->scalar_type() == compute &&
+              sums->device() == first().device(),
           "sums must be a contiguous ", torch::headeronly::toString(compute), " tensor [", sums_size,
-          "] on the device of params, got ", sums ? shape_of(*sums) : "");
+          "] on the device of params, got ", shape_of(*sums));
   }
 };
 

@@ -27,6 +27,18 @@ struct Control {  // of a tensor
   AdafactorScalars step;
   AdafactorGain gain;
   uint64_t key;
+  // Clipping by the global norm changes the next four.
+  double clip;
+  double grad;       // factor of the gradient
+  double row_share;  // what turns a sum of g^2 over a row into a mean
+  double col_share;
+
+  __device__ void clip_by(double factor, const AdafactorTensor& t) {
+    clip = factor;
+    grad = step.grad * factor;
+    row_share = grad * grad / double(t.whole_cols);
+    col_share = grad * grad / double(t.whole_rows);
+  }
 };
 
 template <typename C>
@@ -57,84 +69,133 @@ struct Arguments {
   ExactPartial* exact_partials;
 
   __device__ double scale() const { return grad_scale ? 1 / double(*grad_scale) : 1; }
-  // Known once the squares of all gradients are in sums[0].
-  __device__ double clip() const {
-    return max_grad_norm > 0 ? adafactor_clip(max_grad_norm, sqrt(double(sums[0])) * fabs(scale())) : 1;
+  // Of the sum of all gradients' squares.
+  __device__ double clip(C squares) const {
+    return adafactor_clip(max_grad_norm, sqrt(double(squares)) * fabs(scale()));
   }
 };
 
-// The four types that tensors may have in memory.
+// What tensors hold in memory is told apart when a kernel runs, in branches that all threads of a block take alike. (A
+// kernel for each pair of types is what nvcc takes minutes for.)
 template <typename T>
 struct alignas(4 * sizeof(T)) Four {
   T value[4];
 };
+struct alignas(8) Halves {  // four numbers of 16 bits, the first in the lower half of the first word
+  uint32_t word[2];
+};
 
-// `count` elements, fewer than four at the end of a row: the others become 0.
-template <typename T, typename C>
-__device__ void load_quad(const T* from, int64_t stride, int count, C* to) {
-  if (count == 4 && stride == 1 && (reinterpret_cast<uintptr_t>(from) & (4 * sizeof(T) - 1)) == 0) {
-    const Four<T> x = *reinterpret_cast<const Four<T>*>(from);
-#pragma unroll
-    for (int e = 0; e < 4; ++e) to[e] = C(upcast(x.value[e]));
-  } else {
-#pragma unroll
-    for (int e = 0; e < 4; ++e) to[e] = e < count ? C(upcast(from[e * stride])) : C(0);
-  }
+__host__ __device__ constexpr bool is_half(DType dtype) { return dtype == DType::f16 || dtype == DType::bf16; }
+__host__ __device__ constexpr int size_of(DType dtype) {
+  return is_half(dtype) ? 2 : dtype == DType::f64 ? 8 : 4;
+}
+template <typename C>
+constexpr DType kComputeType = sizeof(C) == 8 ? DType::f64 : DType::f32;
+
+__device__ inline float half_value(DType dtype, uint32_t bits) {
+  return dtype == DType::bf16 ? __int_as_float(int(bits << 16)) : __half2float(__ushort_as_half(uint16_t(bits)));
+}
+__device__ inline uint32_t half_bits(DType dtype, float x) {
+  return dtype == DType::bf16 ? __bfloat16_as_ushort(__float2bfloat16_rn(x)) : __half_as_ushort(__float2half_rn(x));
 }
 
-__host__ __device__ constexpr DType dtype_of(float) { return DType::f32; }
-__host__ __device__ constexpr DType dtype_of(double) { return DType::f64; }
-__device__ inline DType dtype_of(__half) { return DType::f16; }
-__device__ inline DType dtype_of(__nv_bfloat16) { return DType::bf16; }
+// Four neighbours in a row. Those of 16 bits stay packed in the first two values until unpack(): a conversion waits for
+// its load, and the loads behind it would wait too.
+template <typename C>
+struct Quad {
+  C value[4];
+  bool packed;
 
-__device__ inline void narrow(float* to, float x) { *to = x; }
-__device__ inline void narrow(double* to, double x) { *to = x; }
-__device__ inline void narrow(__half* to, float x) { *to = __float2half_rn(x); }
-__device__ inline void narrow(__nv_bfloat16* to, float x) { *to = __float2bfloat16_rn(x); }
+  __device__ void unpack(DType dtype) {
+    if constexpr (sizeof(C) == 4) {
+      if (!packed) return;
+      const auto low = uint32_t(__float_as_int(value[0])), high = uint32_t(__float_as_int(value[1]));
+      value[0] = half_value(dtype, low & 0xffff);
+      value[1] = half_value(dtype, low >> 16);
+      value[2] = half_value(dtype, high & 0xffff);
+      value[3] = half_value(dtype, high >> 16);
+      packed = false;
+    }
+  }
+};
 
-template <typename T>
-__device__ void store_quad(T* to, int64_t stride, int count, const T* x) {
-  if (count == 4 && stride == 1 && (reinterpret_cast<uintptr_t>(to) & (4 * sizeof(T) - 1)) == 0) {
-    Four<T> packed;
+__device__ inline bool in_one_piece(const void* data, DType dtype, int64_t at, int64_t stride, int count) {
+  const uintptr_t from = reinterpret_cast<uintptr_t>(data) + uintptr_t(at) * unsigned(size_of(dtype));
+  return count == 4 && stride == 1 && (from & unsigned(4 * size_of(dtype) - 1)) == 0;
+}
+
+// `count` elements, fewer than four at the end of a row: the others become 0.
+template <typename C>
+__device__ Quad<C> load_quad(const void* data, DType dtype, int64_t at, int64_t stride, int count) {
+  Quad<C> quad{};
+  if (in_one_piece(data, dtype, at, stride, count)) {
+    if (is_half(dtype)) {
+      const Halves x = *reinterpret_cast<const Halves*>(static_cast<const uint16_t*>(data) + at);
+      if constexpr (sizeof(C) == 4) {
+        quad.value[0] = __int_as_float(int(x.word[0]));
+        quad.value[1] = __int_as_float(int(x.word[1]));
+        quad.packed = true;
+      } else {
 #pragma unroll
-    for (int e = 0; e < 4; ++e) packed.value[e] = x[e];
-    *reinterpret_cast<Four<T>*>(to) = packed;
+        for (int e = 0; e < 4; ++e) quad.value[e] = half_value(dtype, x.word[e / 2] >> (16 * (e % 2)) & 0xffff);
+      }
+    } else if (dtype == DType::f64) {
+      const auto x = *reinterpret_cast<const Four<double>*>(static_cast<const double*>(data) + at);
+#pragma unroll
+      for (int e = 0; e < 4; ++e) quad.value[e] = C(x.value[e]);
+    } else {
+      const auto x = *reinterpret_cast<const Four<float>*>(static_cast<const float*>(data) + at);
+#pragma unroll
+      for (int e = 0; e < 4; ++e) quad.value[e] = C(x.value[e]);
+    }
+    return quad;
+  }
+#pragma unroll
+  for (int e = 0; e < 4; ++e) {
+    if (e >= count) continue;
+    const int64_t place = at + e * stride;
+    quad.value[e] = is_half(dtype)        ? C(half_value(dtype, static_cast<const uint16_t*>(data)[place]))
+                    : dtype == DType::f64 ? C(static_cast<const double*>(data)[place])
+                                          : C(static_cast<const float*>(data)[place]);
+  }
+  return quad;
+}
+template <typename C>
+__device__ Quad<C> load_now(const void* data, DType dtype, int64_t at, int64_t stride, int count) {
+  Quad<C> quad = load_quad<C>(data, dtype, at, stride, count);
+  quad.unpack(dtype);
+  return quad;
+}
+
+// Of what is written, only float's calls know 16 bits, and all of double's are doubles.
+template <typename C>
+__device__ void store_quad(void* data, DType dtype, int64_t at, int64_t stride, int count, const C* x) {
+  const bool whole = in_one_piece(data, dtype, at, stride, count);
+  if constexpr (sizeof(C) == 4) {
+    if (is_half(dtype)) {
+      uint32_t bits[4];
+#pragma unroll
+      for (int e = 0; e < 4; ++e) bits[e] = half_bits(dtype, x[e]);
+      uint16_t* const to = static_cast<uint16_t*>(data) + at;
+      if (whole) {
+        *reinterpret_cast<Halves*>(to) = {{bits[0] | bits[1] << 16, bits[2] | bits[3] << 16}};
+      } else {
+#pragma unroll
+        for (int e = 0; e < 4; ++e)
+          if (e < count) to[e * stride] = uint16_t(bits[e]);
+      }
+      return;
+    }
+  }
+  C* const to = static_cast<C*>(data) + at;
+  if (whole) {
+    *reinterpret_cast<Four<C>*>(to) = {{x[0], x[1], x[2], x[3]}};
   } else {
 #pragma unroll
     for (int e = 0; e < 4; ++e)
       if (e < count) to[e * stride] = x[e];
   }
 }
-
-// A gradient whose type is only known when the kernel runs.
-struct AnyType {};
-template <typename C>
-__device__ void load_quad(const void* data, DType dtype, int64_t at, int64_t stride, int count, C* to) {
-  switch (dtype) {
-    case DType::f64: return load_quad(static_cast<const double*>(data) + at, stride, count, to);
-    case DType::f16: return load_quad(static_cast<const __half*>(data) + at, stride, count, to);
-    case DType::bf16: return load_quad(static_cast<const __nv_bfloat16*>(data) + at, stride, count, to);
-    default: return load_quad(static_cast<const float*>(data) + at, stride, count, to);
-  }
-}
-template <typename G>
-struct Grad {
-  const void* data;
-  DType dtype;
-  template <typename C>
-  __device__ void load(int64_t at, int64_t stride, int count, C* to) const {
-    load_quad(static_cast<const G*>(data) + at, stride, count, to);
-  }
-};
-template <>
-struct Grad<AnyType> {
-  const void* data;
-  DType dtype;
-  template <typename C>
-  __device__ void load(int64_t at, int64_t stride, int count, C* to) const {
-    load_quad(data, dtype, at, stride, count, to);
-  }
-};
 
 __device__ inline int quad_count(int64_t first, int64_t end) {
   return end - first >= 4 ? 4 : end > first ? int(end - first) : 0;
@@ -194,10 +255,10 @@ struct View {
   __device__ C* row_sums(int64_t b) const { return call.sums + t.rows_at + b * t.rows; }
   __device__ C* row_state(int64_t b) const { return static_cast<C*>(t.row) + b * t.rows; }
 
-  // The new factor of a row, of its sum of squares. `share` turns a sum into a mean.
-  __device__ C row_share(double grad) const { return C(grad * grad / double(t.whole_cols)); }
-  __device__ C row_factor(C state, C sum, C share) const {
-    return C(control.step.beta2) * state + C(control.step.fresh) * (share * sum + C(control.step.floor));
+  // The new factor of a row, of its sum of squares.
+  __device__ C row_factor(C state, C sum) const {
+    return C(control.step.beta2) * state +
+           C(control.step.fresh) * (C(control.row_share) * sum + C(control.step.floor));
   }
   // What the product of the factors is divided by.
   __device__ C divisor(C factors) const {
@@ -205,17 +266,6 @@ struct View {
     return torch_mode() && mean < C(group.eps1) ? C(group.eps1) : mean;
   }
 };
-
-// Calls `with` with a type of gradients as its first argument's type.
-template <typename With>
-__device__ void with_grad(const void* data, DType dtype, const With& with) {
-  switch (dtype) {
-    case DType::f64: return with(Grad<double>{data, dtype});
-    case DType::f16: return with(Grad<__half>{data, dtype});
-    case DType::bf16: return with(Grad<__nv_bfloat16>{data, dtype});
-    default: return with(Grad<float>{data, dtype});
-  }
-}
 
 // What adafactor_step launches, in this order.
 template <typename C>

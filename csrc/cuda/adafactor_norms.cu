@@ -7,7 +7,7 @@ namespace {
 
 // Columns of all matrices, side by side: where a matrix has many strips, eight lanes take them in turn for each column.
 template <typename C>
-__global__ void __launch_bounds__(kThreads) adafactor_norms_kernel(Arguments<C> call) {
+__global__ void __launch_bounds__(kThreads, 3) adafactor_norms_kernel(Arguments<C> call) {
   struct Sums {
     double cs, w, x, factors, least;
   };
@@ -23,7 +23,6 @@ __global__ void __launch_bounds__(kThreads) adafactor_norms_kernel(Arguments<C> 
   const int64_t b = inside ? unsigned(q) / unsigned(t.cols) : 0, j = inside ? q - b * t.cols : 0;
   const bool product = view.product(), own_columns = call.phases & kAdafactorColumns;
   const int64_t behind = view.behind();
-  const double grad = view.control.step.grad * call.clip();
 
   Sums sums{0, 0, 0, 0, INFINITY};
   if (inside) {
@@ -52,11 +51,11 @@ __global__ void __launch_bounds__(kThreads) adafactor_norms_kernel(Arguments<C> 
     C* const to = view.columns(b);
     C first = C(sums.cs), second = C(sums.w);
     if (call.phases & kAdafactorNorms) {
-      const C mean = C(grad * grad / double(t.whole_rows)) * first;
+      const C mean = C(view.control.col_share) * first;
       const C state = static_cast<const C*>(t.col)[q];
       const C factor =
           C(view.control.step.beta2) * state + C(view.control.step.fresh) * (mean + C(view.control.step.floor));
-      const C root = factor == 0 ? C(0) : C(1) / sqrt(factor);
+      const C root = factor == 0 ? C(0) : rsqrt(factor);
       divisor = t.transposed ? 1 : double(view.divisor(C(sums.factors)));
       update = factor == 0 ? 0 : divisor * (sums.w / double(factor));
       cross = sqrt(divisor) * sums.x * double(root);
@@ -125,27 +124,31 @@ __global__ void __launch_bounds__(kThreads) adafactor_exact_kernel(Arguments<C> 
   const AdafactorTensor& t = view.t;
   if (!clamps(view, room)) return;
   const C factors = C(column_factors(view, room));
-  const double grad_factor = view.control.step.grad * call.clip();
+  const double grad = view.control.grad;
   const C limit = C(1 / view.group.eps1);
-  const int count = begin_rows(view, unit.index, grad_factor, true, factors, rows, [](int64_t, int64_t, C) {});
+  const int count = begin_rows(view, unit.index, true, factors, rows, [](int64_t, int64_t, C) {});
   __syncthreads();
   C squares = 0, cross = 0;
   each_quad(count, t.cols, [&](int r, int64_t col, int columns) {
-    C g[4], p[4] = {};
-    load_quad(view.grad(), t.grad_dtype, rows.grad[r] + col * t.grad.col_stride, t.grad.col_stride, columns, g);
-    if (view.product()) load_param(t, rows.param[r] + col * t.param.col_stride, t.param.col_stride, columns, p);
+    const Quad<C> g = load_now<C>(view.grad(), t.grad_dtype, rows.grad[r] + col * t.grad.col_stride,
+                                  t.grad.col_stride, columns);
+    Quad<C> p{};
+    if (view.product())
+      p = load_now<C>(t.param.data, t.param_dtype, rows.param[r] + col * t.param.col_stride, t.param.col_stride,
+                      columns);
     const C* const roots = view.columns(rows.matrix[r]) + t.cols + col;
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
       const C root = e < columns ? roots[e] : C(1);
-      const C scale = rows.factor[r] * (root == 0 ? C(INFINITY) : root), u = g[e] * (scale > limit ? limit : scale);
+      const C scale = rows.factor[r] * (root == 0 ? C(INFINITY) : root);
+      const C u = g.value[e] * (scale > limit ? limit : scale);
       squares += u * u;
-      cross += u * p[e];
+      cross += u * p.value[e];
     }
   });
   const double all_squares = block_sum(double(squares), room), all_cross = block_sum(double(cross), room);
   if (threadIdx.x == 0)
-    call.exact_partials[blockIdx.x] = {all_squares * grad_factor * grad_factor, all_cross * grad_factor};
+    call.exact_partials[blockIdx.x] = {all_squares * grad * grad, all_cross * grad};
 }
 
 // One block adds up what the units of a tensor have left.

@@ -7,56 +7,36 @@
 namespace fastnlp::cuda {
 namespace {
 
-// sum p^2 over rows [first, first + count) of all matrices.
-template <typename C, typename P>
-__device__ double param_squares(const AdafactorTensor& t, int64_t first, int64_t count) {
-  const int64_t quads = ceil_div(t.cols, 4);
+// sum x^2 over `count` rows from row `first` of all matrices on, a warp for each. Of gradients the rows' sums are kept.
+template <typename C>
+__device__ double squares_of(const View<C>& view, bool grads, int64_t first, int64_t count) {
+  const AdafactorTensor& t = view.t;
+  const AdafactorView& x = grads ? t.grad : t.param;
+  const void* const data = grads ? view.grad() : t.param.data;
+  const DType dtype = grads ? t.grad_dtype : t.param_dtype;
   double squares = 0;
   for (int64_t row = threadIdx.x / 32; row < count; row += kWarps) {
     const unsigned b = unsigned(first + row) / unsigned(t.rows), i = unsigned(first + row) % unsigned(t.rows);
-    const P* from = static_cast<const P*>(t.param.data) + adafactor_matrix(t, t.param, b) + i * t.param.row_stride;
+    const int64_t from = adafactor_matrix(t, x, b) + i * x.row_stride;
     C sum = 0;
-    for (int64_t q = threadIdx.x % 32; q < quads; q += 32) {
-      C x[4];
-      load_quad(from + 4 * q * t.param.col_stride, t.param.col_stride, quad_count(4 * q, t.cols), x);
-      sum += (x[0] * x[0] + x[1] * x[1]) + (x[2] * x[2] + x[3] * x[3]);
-    }
-    squares += double(sum);
-  }
-  return squares;
-}
-template <typename C>
-__device__ double param_squares(const AdafactorTensor& t, int64_t first, int64_t count) {
-  if constexpr (sizeof(C) == 8) {
-    return param_squares<C, double>(t, first, count);
-  } else {
-    switch (t.param_dtype) {
-      case DType::f16: return param_squares<C, __half>(t, first, count);
-      case DType::bf16: return param_squares<C, __nv_bfloat16>(t, first, count);
-      default: return param_squares<C, float>(t, first, count);
-    }
-  }
-}
-
-// Row sums alone: a warp for each row.
-template <typename C, typename G>
-__device__ double sum_rows(const View<C>& view, const Grad<G>& grad, int64_t b, int64_t begin, int64_t end) {
-  const AdafactorTensor& t = view.t;
-  const int64_t matrix = adafactor_matrix(t, t.grad, b), quads = ceil_div(t.cols, 4);
-  double squares = 0;
-  for (int64_t i = begin + threadIdx.x / 32; i < end; i += kWarps) {
-    const int64_t from = matrix + i * t.grad.row_stride;
-    C sum = 0;
-    for (int64_t q = threadIdx.x % 32; q < quads; q += 32) {
-      C x[4];
-      grad.load(from + 4 * q * t.grad.col_stride, t.grad.col_stride, quad_count(4 * q, t.cols), x);
-      sum += (x[0] * x[0] + x[1] * x[1]) + (x[2] * x[2] + x[3] * x[3]);
+    for (int64_t col = 4 * (threadIdx.x % 32); col < t.cols; col += 4 * 32 * kQuads) {
+      Quad<C> quads[kQuads];
+#pragma unroll
+      for (int v = 0; v < kQuads; ++v) {
+        const int64_t at = col + 4 * 32 * v;
+        quads[v] = load_quad<C>(data, dtype, from + at * x.col_stride, x.col_stride, quad_count(at, t.cols));
+      }
+#pragma unroll
+      for (int v = 0; v < kQuads; ++v) {
+        quads[v].unpack(dtype);
+        const C* const y = quads[v].value;
+        sum += (y[0] * y[0] + y[1] * y[1]) + (y[2] * y[2] + y[3] * y[3]);
+      }
     }
     sum = warp_sum(sum);
-    if (threadIdx.x % 32 == 0) {
-      view.row_sums(b)[i] = sum;
-      squares += double(sum);
-    }
+    if (threadIdx.x % 32 != 0) continue;
+    if (grads) view.row_sums(b)[i] = sum;
+    squares += double(sum);
   }
   return squares;
 }
@@ -71,8 +51,8 @@ struct FuseRoom {
 };
 
 // Teams of threads take rows in turn. A thread has the same columns of each row: four times four, team * 4 apart.
-template <typename C, typename G>
-__device__ double fuse(const View<C>& view, const Grad<G>& grad, int unit, FuseRoom<C>& room) {
+template <typename C>
+__device__ double fuse(const View<C>& view, int unit, FuseRoom<C>& room) {
   const AdafactorItem& item = view.item;
   const AdafactorTensor& t = view.t;
   const int team = int(threadIdx.x) / item.team, lane = int(threadIdx.x) % item.team, teams = kThreads / item.team;
@@ -85,23 +65,34 @@ __device__ double fuse(const View<C>& view, const Grad<G>& grad, int unit, FuseR
   const int rounds = int((held + unsigned(step) - 1) / unsigned(step));
   const int64_t stride = t.grad.col_stride;
   const int64_t matrix = b < t.batch ? adafactor_matrix(t, t.grad, b) : 0;
-  const C scale = C(view.control.step.grad * view.control.step.grad), share = view.row_share(view.control.step.grad);
-  const auto load = [&](int64_t i, C* to) {
+  const C scale = C(view.control.grad * view.control.grad);
+
+  C cs[4 * kQuads] = {}, w[4 * kQuads] = {};
+  C factors = 0, least = INFINITY;
+  double squares = 0;
+  // A row is on its way while the one before it is summed.
+  Quad<C> next[kQuads] = {};
+  C next_state = 0;
+  int64_t i = begin + (item.packed ? 0 : team) - step;
+  for (int round = -1; round < rounds; ++round, i += step) {
+    C row[4 * kQuads];
+#pragma unroll
+    for (int v = 0; v < kQuads; ++v) {
+      next[v].unpack(t.grad_dtype);
+#pragma unroll
+      for (int e = 0; e < 4; ++e) row[4 * v + e] = next[v].value[e];
+    }
+    const C state = next_state;
+    const int64_t coming = i + step;
+    const bool comes = coming < end;
 #pragma unroll
     for (int v = 0; v < kQuads; ++v) {
       const int64_t col = 4 * (int64_t(v) * item.team + lane);
-      const int count = i < end ? quad_count(col, t.cols) : 0;
-      grad.load(matrix + i * t.grad.row_stride + col * stride, stride, count, to + 4 * v);
+      next[v] = load_quad<C>(view.grad(), t.grad_dtype, matrix + coming * t.grad.row_stride + col * stride, stride,
+                             comes ? quad_count(col, t.cols) : 0);
     }
-  };
-
-  C row[4 * kQuads], next[4 * kQuads], cs[4 * kQuads] = {}, w[4 * kQuads] = {};
-  C factors = 0, least = INFINITY;
-  double squares = 0;
-  int64_t i = begin + (item.packed ? 0 : team);
-  load(i, row);
-  for (int round = 0; round < rounds; ++round, i += step) {
-    load(i + step, next);
+    next_state = comes ? view.row_state(b)[coming] : C(0);
+    if (round < 0) continue;
     C sum = 0;
 #pragma unroll
     for (int e = 0; e < 4 * kQuads; e += 2) sum += row[e] * row[e] + row[e + 1] * row[e + 1];
@@ -112,7 +103,7 @@ __device__ double fuse(const View<C>& view, const Grad<G>& grad, int unit, FuseR
     sum = 0;
     for (int warp = 0; warp < item.team / 32; ++warp) sum += sums[team * (item.team / 32) + warp];
     if (i < end) {
-      const C factor = view.row_factor(view.row_state(b)[i], sum, share);
+      const C factor = view.row_factor(state, sum);
       const C weight = factor == 0 ? C(0) : scale / factor;
 #pragma unroll
       for (int e = 0; e < 4 * kQuads; ++e) {
@@ -127,8 +118,6 @@ __device__ double fuse(const View<C>& view, const Grad<G>& grad, int unit, FuseR
         if (sum != 0) least = fmin(least, factor);
       }
     }
-#pragma unroll
-    for (int e = 0; e < 4 * kQuads; ++e) row[e] = next[e];
   }
 
   const auto each_column = [&](const auto& with) {
@@ -184,28 +173,21 @@ __global__ void __launch_bounds__(kThreads, sizeof(C) == 4 ? 2 : 1) adafactor_ro
   const AdafactorItem& item = view.item;
   const AdafactorTensor& t = view.t;
   SumPartial partial{};
-  double squares = 0;
-  int64_t first = 0, count = 0;  // rows of all matrices
   if (!t.factored) {
-    vector_pass(view, unit.index, call.phases, 1.0, totals, &partial);
+    vector_pass(view, unit.index, call.phases, totals, &partial);
   } else {
     const int64_t held = item.packed ? kThreads / item.team : 1;
     const int64_t b = item.packed ? unit.index * held : unit.index / item.strips;
     const int64_t begin = item.packed ? 0 : int64_t(unit.index % item.strips) * item.strip_rows;
     const int64_t end = min(begin + item.strip_rows, t.rows);
-    first = b * t.rows + begin;
-    count = item.packed ? (min(b + held, t.batch) - b) * t.rows : end - begin;
+    const int64_t first = b * t.rows + begin;  // of the rows of all matrices
+    const int64_t count = item.packed ? (min(b + held, t.batch) - b) * t.rows : end - begin;
     const bool fused = item.fused && call.phases & kAdafactorColumns;
-    with_grad(view.grad(), t.grad_dtype, [&](const auto& grad) {
-      if (fused) {
-        squares = fuse(view, grad, unit.index, room);
-      } else {
-        for (int64_t m = b; m < (item.packed ? min(b + held, t.batch) : b + 1); ++m)
-          squares += sum_rows(view, grad, m, begin, end);
-      }
-    });
-    partial.grad_squares = block_sum(squares, totals);
-    if (view.needs_param()) partial.param_squares = block_sum(param_squares<C>(t, first, count), totals);
+    if (fused) partial.grad_squares = block_sum(fuse(view, unit.index, room), totals);
+    for (int grads = fused ? 0 : 1; grads >= (view.needs_param() ? 0 : 1); --grads) {
+      const double squares = block_sum(squares_of(view, grads != 0, first, count), totals);
+      (grads ? partial.grad_squares : partial.param_squares) = squares;
+    }
   }
   if (threadIdx.x == 0) call.sum_partials[blockIdx.x] = partial;
 }
@@ -213,18 +195,16 @@ __global__ void __launch_bounds__(kThreads, sizeof(C) == 4 ? 2 : 1) adafactor_ro
 // Column sums from complete row sums.
 template <typename C>
 struct ColumnRoom {
-  C weights[64];
-  C roots[64];
+  C roots[64];  // of what g^2 is multiplied with
   C factors[64];
 };
 
-template <typename C, typename G>
-__device__ void sum_columns(const View<C>& view, const Grad<G>& grad, int64_t b, int strip, double factor_of_grad,
-                            ColumnRoom<C>& room) {
+template <typename C>
+__device__ void sum_columns(const View<C>& view, int64_t b, int strip, ColumnRoom<C>& room) {
   const AdafactorTensor& t = view.t;
   const int64_t begin = int64_t(strip) * view.item.strip_rows, end = min(begin + view.item.strip_rows, t.rows);
   const int64_t grads = adafactor_matrix(t, t.grad, b), params = adafactor_matrix(t, t.param, b);
-  const C share = view.row_share(factor_of_grad);
+  const C grad = C(view.control.grad);
   const bool product = view.product();
   C* const to = view.strip(b, strip);
   C factors = 0, least = INFINITY;
@@ -237,9 +217,8 @@ __device__ void sum_columns(const View<C>& view, const Grad<G>& grad, int64_t b,
       __syncthreads();
       if (int(threadIdx.x) < rows) {
         const C sum = view.row_sums(b)[first + threadIdx.x];
-        const C factor = view.row_factor(view.row_state(b)[first + threadIdx.x], sum, share);
-        room.weights[threadIdx.x] = factor == 0 ? C(0) : C(factor_of_grad * factor_of_grad) / factor;
-        room.roots[threadIdx.x] = factor == 0 ? C(0) : C(factor_of_grad) / sqrt(factor);
+        const C factor = view.row_factor(view.row_state(b)[first + threadIdx.x], sum);
+        room.roots[threadIdx.x] = factor == 0 ? C(0) : grad * rsqrt(factor);
         room.factors[threadIdx.x] = sum == 0 ? -factor : factor;  // the sign tells rows without gradient
       }
       __syncthreads();
@@ -250,21 +229,25 @@ __device__ void sum_columns(const View<C>& view, const Grad<G>& grad, int64_t b,
           if (factor > 0 || factor != factor) least = fmin(least, factor);
         }
       if (count == 0) continue;
+#pragma unroll 1
       for (int r = 0; r < rows; ++r) {
         const int64_t i = first + r;
-        C g[4];
-        grad.load(grads + i * t.grad.row_stride + col * t.grad.col_stride, t.grad.col_stride, count, g);
+        const C root = room.roots[r];
+        const Quad<C> g =
+            load_now<C>(view.grad(), t.grad_dtype, grads + i * t.grad.row_stride + col * t.grad.col_stride,
+                        t.grad.col_stride, count);
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
-          const C square = g[e] * g[e];
+          const C square = g.value[e] * g.value[e];
           cs[e] += square;
-          w[e] += square * room.weights[r];
+          w[e] += square * (root * root);
         }
         if (!product) continue;
-        C p[4];
-        load_param(t, params + i * t.param.row_stride + col * t.param.col_stride, t.param.col_stride, count, p);
+        const Quad<C> p =
+            load_now<C>(t.param.data, t.param_dtype, params + i * t.param.row_stride + col * t.param.col_stride,
+                        t.param.col_stride, count);
 #pragma unroll
-        for (int e = 0; e < 4; ++e) x[e] += g[e] * p[e] * room.roots[r];
+        for (int e = 0; e < 4; ++e) x[e] += g.value[e] * p.value[e] * root;
       }
     }
 #pragma unroll
@@ -283,33 +266,29 @@ __device__ void sum_columns(const View<C>& view, const Grad<G>& grad, int64_t b,
 
 // For what adafactor_rows_kernel leaves out, and once more for all where the global norm turned out too large.
 template <typename C>
-__global__ void __launch_bounds__(kThreads) adafactor_columns_kernel(Arguments<C> call) {
+__global__ void __launch_bounds__(kThreads, 2) adafactor_columns_kernel(Arguments<C> call) {
   __shared__ ColumnRoom<C> room;
   __shared__ double totals[kWarps];
   const AdafactorUnit unit = call.sum_units[blockIdx.x];
   const View<C> view(call, unit.tensor);
   const AdafactorItem& item = view.item;
   const AdafactorTensor& t = view.t;
-  const double clip = call.clip();
   const bool summed = call.phases & kAdafactorRows && (!t.factored || item.fused);
-  if (summed && clip == 1) return;
+  if (summed && view.control.clip == 1) return;
   if (!t.factored) {
     SumPartial partial = call.sum_partials[blockIdx.x];
     __syncthreads();
-    vector_pass(view, unit.index, kAdafactorColumns, clip, totals, &partial);
+    vector_pass(view, unit.index, kAdafactorColumns, totals, &partial);
     if (threadIdx.x == 0) call.sum_partials[blockIdx.x] = partial;
     return;
   }
-  const double grad_factor = view.control.step.grad * clip;
-  with_grad(view.grad(), t.grad_dtype, [&](const auto& grad) {
-    const int64_t held = item.packed ? kThreads / item.team : 1;
-    const int64_t b = item.packed ? unit.index * held : unit.index / item.strips;
-    for (int64_t m = b; m < (item.packed ? min(b + held, t.batch) : b + 1); ++m)
-      sum_columns(view, grad, m, item.packed ? 0 : unit.index % item.strips, grad_factor, room);
-  });
+  const int64_t held = item.packed ? kThreads / item.team : 1;
+  const int64_t b = item.packed ? unit.index * held : unit.index / item.strips;
+  for (int64_t m = b; m < (item.packed ? min(b + held, t.batch) : b + 1); ++m)
+    sum_columns(view, m, item.packed ? 0 : unit.index % item.strips, room);
 }
 
-// sum g^2 of the call.
+// sum g^2 of the call, and what clipping by it makes of the gradients' factors.
 template <typename C>
 __global__ void __launch_bounds__(kThreads) adafactor_total_kernel(Arguments<C> call) {
   __shared__ double totals[kWarps];
@@ -318,6 +297,9 @@ __global__ void __launch_bounds__(kThreads) adafactor_total_kernel(Arguments<C> 
     squares += call.sum_partials[unit].grad_squares;
   squares = block_sum(squares, totals);
   if (threadIdx.x == 0) call.sums[0] = C(squares);
+  if (call.max_grad_norm == 0) return;
+  const double clip = call.clip(C(squares));
+  for (int i = threadIdx.x; i < call.tensors; i += kThreads) call.control[i].clip_by(clip, call.items[i].tensor);
 }
 
 template <typename C>
@@ -329,6 +311,9 @@ __global__ void __launch_bounds__(kThreads) adafactor_prepare_kernel(Arguments<C
   Control& control = call.control[i];
   control.step = adafactor_scalars(call.groups[t.group], step, call.lr[t.group], call.scale());
   control.key = adafactor_key(call.seed, uint64_t(step), t.id);
+  // Where this call sums the squares itself, clipping comes after.
+  const bool known = call.max_grad_norm > 0 && !(call.phases & kAdafactorRows);
+  control.clip_by(known ? call.clip(call.sums[0]) : 1, t);
 }
 
 }  // namespace

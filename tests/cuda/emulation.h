@@ -303,6 +303,8 @@ inline int __ffs(unsigned x) { return __builtin_ffs(int(x)); }
 inline int __clz(int x) { return x ? __builtin_clz(unsigned(x)) : 32; }
 inline int __float_as_int(float x) { return emulation::unpack<int>(emulation::pack(x)); }
 inline float __int_as_float(int x) { return emulation::unpack<float>(emulation::pack(x)); }
+inline float rsqrt(float x) { return 1 / std::sqrt(x); }
+inline double rsqrt(double x) { return 1 / std::sqrt(x); }
 inline int __double2hiint(double x) { return int(emulation::pack(x) >> 32); }
 inline double __hiloint2double(int high, int low) {
   return emulation::unpack<double>(uint64_t(uint32_t(high)) << 32 | uint32_t(low));
@@ -316,6 +318,8 @@ struct __nv_bfloat16 {
 };
 inline float __half2float(__half x) { return float(x.value); }
 inline __half __float2half_rn(float x) { return {_Float16(x)}; }
+inline __half __ushort_as_half(unsigned short bits) { return emulation::unpack<__half>(bits); }
+inline unsigned short __half_as_ushort(__half x) { return (unsigned short)emulation::pack(x); }
 inline float __bfloat162float(__nv_bfloat16 x) { return __int_as_float(int(uint32_t(x.bits) << 16)); }
 inline __nv_bfloat16 __float2bfloat16_rn(float x) {
   uint32_t bits = uint32_t(__float_as_int(x));
@@ -323,6 +327,7 @@ inline __nv_bfloat16 __float2bfloat16_rn(float x) {
   bits += 0x7fff + (bits >> 16 & 1);
   return {uint16_t(bits >> 16)};
 }
+inline unsigned short __bfloat16_as_ushort(__nv_bfloat16 x) { return x.bits; }
 
 using std::max;
 using std::min;
