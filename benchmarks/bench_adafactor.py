@@ -139,7 +139,7 @@ PROVIDERS = {
 }
 
 
-def cases(device: str, quick: bool) -> list[Case]:
+def cases(device: str, quick: bool) -> list[Case]:  # noqa: ARG001
     everyone = tuple(PROVIDERS)
     found = [Case("adafactor_step_", name, SMALL if quick else BASE, everyone) for name in (GIVEN, SCALED)]
     if quick:

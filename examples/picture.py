@@ -63,9 +63,10 @@ def save_optimizers(path: Path, optimizers: list[Trained], level: float) -> None
     left.set_yscale("log")
     left.legend()
     names = [f"{trained.name}\n{trained.steps_to(level)} steps to the line" for trained in optimizers]
+    memory, time = "Memory of the optimizer's state", "Median time of the optimizer's step"
     for axes, title, unit, values in (
-        (middle, "Memory of the optimizer's state", "MiB", [trained.state_bytes() / 2**20 for trained in optimizers]),
-        (right, "Median time of the optimizer's step", "milliseconds", [trained.milliseconds() for trained in optimizers]),
+        (middle, memory, "MiB", [trained.state_bytes() / 2**20 for trained in optimizers]),
+        (right, time, "milliseconds", [trained.milliseconds() for trained in optimizers]),
     ):
         bars = axes.bar(names, values, color=colors)
         axes.bar_label(bars, [f"{value:.3g}" for value in values], padding=2)

@@ -35,7 +35,7 @@ def test_run(tmp_path):
 
 
 def test_without_transformers(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(compare_optimizers, "find_spec", lambda name: None)
+    monkeypatch.setattr(compare_optimizers, "find_spec", lambda _: None)
     assert compare_optimizers.main(["--steps", "2", "--output", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
     assert "transformers is not installed: its Adafactor is left out" in printed

@@ -86,9 +86,7 @@ struct alignas(8) Halves {  // four numbers of 16 bits, the first in the lower h
 };
 
 __host__ __device__ constexpr bool is_half(DType dtype) { return dtype == DType::f16 || dtype == DType::bf16; }
-__host__ __device__ constexpr int size_of(DType dtype) {
-  return is_half(dtype) ? 2 : dtype == DType::f64 ? 8 : 4;
-}
+__host__ __device__ constexpr int size_of(DType dtype) { return is_half(dtype) ? 2 : dtype == DType::f64 ? 8 : 4; }
 template <typename C>
 constexpr DType kComputeType = sizeof(C) == 8 ? DType::f64 : DType::f32;
 
@@ -257,8 +255,7 @@ struct View {
 
   // The new factor of a row, of its sum of squares.
   __device__ C row_factor(C state, C sum) const {
-    return C(control.step.beta2) * state +
-           C(control.step.fresh) * (C(control.row_share) * sum + C(control.step.floor));
+    return C(control.step.beta2) * state + C(control.step.fresh) * (C(control.row_share) * sum + C(control.step.floor));
   }
   // What the product of the factors is divided by.
   __device__ C divisor(C factors) const {

@@ -143,8 +143,8 @@ __global__ void __launch_bounds__(kThreads, 3) adafactor_apply_kernel(Arguments<
   const Variance<C> variance(view);
   C* const state = static_cast<C*>(t.row) + begin;
   each_quad(count, cols, [&](int r, int64_t col, int columns) {
-    const Quad<C> g = load_quad<C>(view.grad(), t.grad_dtype, rows.grad[r] + col * t.grad.col_stride,
-                                   t.grad.col_stride, columns);
+    const Quad<C> g =
+        load_quad<C>(view.grad(), t.grad_dtype, rows.grad[r] + col * t.grad.col_stride, t.grad.col_stride, columns);
     const Quad<C> p = load_quad<C>(t.param.data, t.param_dtype, rows.param[r] + col * t.param.col_stride,
                                    t.param.col_stride, columns);
     C factor[4] = {};

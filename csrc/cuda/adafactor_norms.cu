@@ -130,8 +130,8 @@ __global__ void __launch_bounds__(kThreads) adafactor_exact_kernel(Arguments<C> 
   __syncthreads();
   C squares = 0, cross = 0;
   each_quad(count, t.cols, [&](int r, int64_t col, int columns) {
-    const Quad<C> g = load_now<C>(view.grad(), t.grad_dtype, rows.grad[r] + col * t.grad.col_stride,
-                                  t.grad.col_stride, columns);
+    const Quad<C> g =
+        load_now<C>(view.grad(), t.grad_dtype, rows.grad[r] + col * t.grad.col_stride, t.grad.col_stride, columns);
     Quad<C> p{};
     if (view.product())
       p = load_now<C>(t.param.data, t.param_dtype, rows.param[r] + col * t.param.col_stride, t.param.col_stride,
@@ -147,8 +147,7 @@ __global__ void __launch_bounds__(kThreads) adafactor_exact_kernel(Arguments<C> 
     }
   });
   const double all_squares = block_sum(double(squares), room), all_cross = block_sum(double(cross), room);
-  if (threadIdx.x == 0)
-    call.exact_partials[blockIdx.x] = {all_squares * grad * grad, all_cross * grad};
+  if (threadIdx.x == 0) call.exact_partials[blockIdx.x] = {all_squares * grad * grad, all_cross * grad};
 }
 
 // One block adds up what the units of a tensor have left.

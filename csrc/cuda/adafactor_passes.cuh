@@ -41,8 +41,7 @@ __device__ void vector_pass(const View<C>& view, int chunk, int64_t phases, doub
     const int count = quad_count(j, end);
     const Quad<C> g = load_now<C>(view.grad(), t.grad_dtype, j * t.grad.col_stride, t.grad.col_stride, count);
     Quad<C> p{};
-    if (needs_param)
-      p = load_now<C>(t.param.data, t.param_dtype, j * t.param.col_stride, t.param.col_stride, count);
+    if (needs_param) p = load_now<C>(t.param.data, t.param_dtype, j * t.param.col_stride, t.param.col_stride, count);
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
       const C x = g.value[e], y = p.value[e];
