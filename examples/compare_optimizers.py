@@ -97,7 +97,9 @@ def equal_loss(trained: list[Trained]) -> float:
 
 def cost_table(trained: list[Trained], level: float) -> Table:
     title = f"The way to a loss of {level:.3f}"
-    table = Table("optimizer", "state", "median step", "steps", "of the optimizer, together", title=title, box=SIMPLE_HEAD)
+    table = Table(
+        "optimizer", "state", "median step", "steps", "of the optimizer, together", title=title, box=SIMPLE_HEAD
+    )
     for one in trained:
         steps, milliseconds = one.steps_to(level), one.milliseconds()
         state = f"{one.state_bytes() / 2**20:.3f} MiB"

@@ -124,9 +124,12 @@ def _tile(op: str, dtype: torch.dtype, n: int, channels: int, shared: bool) -> t
     half, half_shared, single = _WIDE[op]
     wide = (half_shared if shared else half) if dtype.itemsize == 2 else 0 if shared else single
     block = 64 if channels <= wide else 32
-    if dtype == torch.float64 or (shared and dtype == torch.float32 and op.endswith("backward")):
+    small = op == "divergence_backward" if dtype.itemsize == 2 else op.endswith("backward")
+    if dtype == torch.float64 or (shared and small):
         block = 16
     block = max(16, min(block, triton.next_power_of_2(n)))
+    if op == "divergence_backward":  # holds the tiles of two passes
+        return block, 4 if block == 16 else 8
     return block, 2 if block == 16 else 4
 
 
