@@ -56,8 +56,8 @@ def save_optimizers(path: Path, optimizers: list[Trained], level: float) -> None
     colors = [COMPILED, PLAIN, "tab:gray"][: len(optimizers)]
     for trained, color in zip(optimizers, colors, strict=True):
         # Ours under its twin: equal losses show as one line in two colours.
-        dashes = "solid" if color == COMPILED else "dashed"
-        left.plot(range(1, len(trained.losses) + 1), trained.running_losses(), dashes, color=color, label=trained.name)
+        line = "-" if color == COMPILED else "--"
+        left.plot(range(1, len(trained.losses) + 1), trained.running_losses(), line, color=color, label=trained.name)
     left.axhline(level, color="black", linewidth=0.5)
     left.set(title="Training loss, running mean; all reach the line", xlabel="step", ylabel="CRF and spans")
     left.set_yscale("log")

@@ -8,6 +8,7 @@ namespace {
 
 constexpr int64_t kStrip = 96 << 10;  // elements of a block's strip of rows
 constexpr int64_t kStripRows = 64;    // at least, so that its column sums are few beside its elements
+constexpr int64_t kTeamRows = 32;     // at most: a column's squares are added one by one, each with a rounding
 constexpr int64_t kApply = 48 << 10;  // elements of a block of the second pass
 constexpr int64_t kPackedRows = 64;   // of the matrices that a team takes whole
 constexpr size_t kPayload = 3968;     // bytes that travel with one launch, below the 4096 of all its arguments
@@ -29,7 +30,8 @@ AdafactorItem share_out(const AdafactorTensor& t, const AdafactorGroup& group) {
   while (item.team < kThreads && item.team * 4 * kQuads < t.cols) item.team *= 2;
   const int64_t teams = kThreads / item.team;
   item.packed = t.rows <= kPackedRows && t.batch >= teams;
-  item.strip_rows = int32_t(at_most(t.rows, item.packed ? t.rows : at_least(kStripRows, kStrip / at_least(1, t.cols))));
+  const int64_t strip = at_most(kTeamRows * teams, kStrip / at_least(1, t.cols));
+  item.strip_rows = int32_t(at_most(t.rows, item.packed ? t.rows : at_least(kStripRows, strip)));
   item.strip_rows = int32_t(at_least(1, item.strip_rows));
   item.strips = int32_t(at_least(1, ceil_div(t.rows, item.strip_rows)));
   item.sum_units = int32_t(item.packed ? ceil_div(t.batch, teams) : t.batch * item.strips);

@@ -192,18 +192,19 @@ __global__ void __launch_bounds__(kThreads, sizeof(C) == 4 ? 2 : 1) adafactor_ro
   if (threadIdx.x == 0) call.sum_partials[blockIdx.x] = partial;
 }
 
+constexpr int64_t kTileRows = 32;
+
 // Column sums from complete row sums.
 template <typename C>
 struct ColumnRoom {
-  C roots[64];  // of what g^2 is multiplied with
-  C factors[64];
+  C roots[kTileRows];  // of what g^2 is multiplied with
+  C factors[kTileRows];
 };
 
 template <typename C>
 __device__ void sum_columns(const View<C>& view, int64_t b, int strip, ColumnRoom<C>& room) {
   const AdafactorTensor& t = view.t;
   const int64_t begin = int64_t(strip) * view.item.strip_rows, end = min(begin + view.item.strip_rows, t.rows);
-  const int64_t grads = adafactor_matrix(t, t.grad, b), params = adafactor_matrix(t, t.param, b);
   const C grad = C(view.control.grad);
   const bool product = view.product();
   C* const to = view.strip(b, strip);
@@ -211,9 +212,11 @@ __device__ void sum_columns(const View<C>& view, int64_t b, int strip, ColumnRoo
   for (int64_t tile = 0; tile < t.cols || tile == 0; tile += 4 * kThreads) {
     const int64_t col = tile + 4 * int64_t(threadIdx.x);
     const int count = quad_count(col, t.cols);
+    int64_t grad_at = adafactor_matrix(t, t.grad, b) + begin * t.grad.row_stride + col * t.grad.col_stride;
+    int64_t param_at = adafactor_matrix(t, t.param, b) + begin * t.param.row_stride + col * t.param.col_stride;
     C cs[4] = {}, w[4] = {}, x[4] = {};
-    for (int64_t first = begin; first < end; first += 64) {
-      const int rows = int(min(int64_t{64}, end - first));
+    for (int64_t first = begin; first < end; first += kTileRows) {
+      const int rows = int(min(kTileRows, end - first));
       __syncthreads();
       if (int(threadIdx.x) < rows) {
         const C sum = view.row_sums(b)[first + threadIdx.x];
@@ -229,26 +232,27 @@ __device__ void sum_columns(const View<C>& view, int64_t b, int strip, ColumnRoo
           if (factor > 0 || factor != factor) least = fmin(least, factor);
         }
       if (count == 0) continue;
+      // Sums of few rows first: each number added to a long sum is rounded to the sum's last place.
+      C tile_cs[4] = {}, tile_w[4] = {};
 #pragma unroll 1
       for (int r = 0; r < rows; ++r) {
-        const int64_t i = first + r;
         const C root = room.roots[r];
-        const Quad<C> g =
-            load_now<C>(view.grad(), t.grad_dtype, grads + i * t.grad.row_stride + col * t.grad.col_stride,
-                        t.grad.col_stride, count);
+        const Quad<C> g = load_now<C>(view.grad(), t.grad_dtype, grad_at, t.grad.col_stride, count);
+        grad_at += t.grad.row_stride;
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
           const C square = g.value[e] * g.value[e];
-          cs[e] += square;
-          w[e] += square * (root * root);
+          tile_cs[e] += square;
+          tile_w[e] += square * (root * root);
         }
         if (!product) continue;
-        const Quad<C> p =
-            load_now<C>(t.param.data, t.param_dtype, params + i * t.param.row_stride + col * t.param.col_stride,
-                        t.param.col_stride, count);
+        const Quad<C> p = load_now<C>(t.param.data, t.param_dtype, param_at, t.param.col_stride, count);
+        param_at += t.param.row_stride;
 #pragma unroll
         for (int e = 0; e < 4; ++e) x[e] += g.value[e] * p.value[e] * root;
       }
+#pragma unroll
+      for (int e = 0; e < 4; ++e) cs[e] += tile_cs[e], w[e] += tile_w[e];
     }
 #pragma unroll
     for (int e = 0; e < 4; ++e) {

@@ -82,7 +82,7 @@ struct Machine {
   Barrier barriers[16], warps[kMaxThreads / 32], exchanges[kMaxThreads / 32];
   uint64_t slots[kMaxThreads / 32][2][32];
   const std::function<void()>* body = nullptr;
-  char block_order = 0;
+  char block_begins = 0, block_ends = 0;  // two clocks: a thread that ends is not before one that has yet to begin
 };
 inline Machine machine;
 
@@ -169,11 +169,11 @@ UNSEEN inline void enter() {
   __sanitizer_finish_switch_fiber(nullptr, nullptr, nullptr);
 #endif
 #if defined(__SANITIZE_THREAD__)
-  __tsan_acquire(&machine.block_order);
+  __tsan_acquire(&machine.block_begins);
 #endif
   (*machine.body)();
 #if defined(__SANITIZE_THREAD__)
-  __tsan_release(&machine.block_order);
+  __tsan_release(&machine.block_ends);
 #endif
   Fiber* self = &machine.fibers[machine.current];
   self->done = true;
@@ -190,7 +190,7 @@ UNSEEN inline void enter() {
 UNSEEN inline void run_block(const std::function<void()>& body, int threads) {
 #if defined(__SANITIZE_THREAD__)
   machine.main_shadow = __tsan_get_current_fiber();
-  __tsan_release(&machine.block_order);
+  __tsan_release(&machine.block_begins);
 #endif
 #if defined(__SANITIZE_ADDRESS__)
   pthread_attr_t attributes;
@@ -222,7 +222,7 @@ UNSEEN inline void run_block(const std::function<void()>& body, int threads) {
   }
   switch_to(nullptr, &machine.fibers[0]);
 #if defined(__SANITIZE_THREAD__)
-  __tsan_acquire(&machine.block_order);
+  __tsan_acquire(&machine.block_ends);
 #endif
 }
 
