@@ -33,7 +33,7 @@ from fastnlp_ops import Adafactor
 
 BATCH_SIZE = 16
 FILES = 40  # of the standard library
-STEPS, QUICK_STEPS = 150, 30
+STEPS, QUICK_STEPS = 80, 20
 COMPARED_STEPS = 10
 LOSS_TOLERANCE = 1e-3  # of the two Adafactors, relative, over COMPARED_STEPS; later on training amplifies rounding
 OPTIONS = {"lr": LEARNING_RATE, "scale_parameter": False, "relative_step": False}

@@ -78,6 +78,15 @@ FASTNLP_INLINE void narrow_tail(T* to, V x, int64_t count) {
   narrow(padded, x);
   for (int64_t j = 0; j < count; ++j) to[j] = padded[j];
 }
+#ifdef __AVX2__
+// Convolutions have rows of 3 or 5: a vector loaded from where its elements were just stored one by one would wait.
+FASTNLP_INLINE Vec<float> widen_tail(const float* from, int64_t count) {
+  return __builtin_ia32_maskloadps256(reinterpret_cast<const Vec<float>*>(from), lanes_below<float>(count));
+}
+FASTNLP_INLINE void narrow_tail(float* to, Vec<float> x, int64_t count) {
+  __builtin_ia32_maskstoreps256(reinterpret_cast<Vec<float>*>(to), lanes_below<float>(count), x);
+}
+#endif
 
 // Random bits of the elements of a row: element j has number first + j * step.
 struct Dither {
