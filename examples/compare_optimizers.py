@@ -80,7 +80,7 @@ def train(args: argparse.Namespace, console: Console) -> int:
         for batch in batches(encode(sentences, labels), BATCH_SIZE, steps, args.seed):
             for one in trained:
                 one.step(batch)
-            bar.update(task, advance=1, note=", ".join(f"{one.name} {one.losses[-1]:.4f}" for one in trained))
+            bar.update(task, advance=1, note=", ".join(f"{one.losses[-1]:.4f}" for one in trained))
 
     level = equal_loss(trained)
     console.print(cost_table(trained, level))
@@ -97,9 +97,7 @@ def equal_loss(trained: list[Trained]) -> float:
 
 def cost_table(trained: list[Trained], level: float) -> Table:
     title = f"The way to a loss of {level:.3f}"
-    table = Table(
-        "optimizer", "state", "median step", "steps", "of the optimizer, together", title=title, box=SIMPLE_HEAD
-    )
+    table = Table("optimizer", "state", "median step", "steps", "in the optimizer", title=title, box=SIMPLE_HEAD)
     for one in trained:
         steps, milliseconds = one.steps_to(level), one.milliseconds()
         state = f"{one.state_bytes() / 2**20:.3f} MiB"

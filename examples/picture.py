@@ -62,7 +62,9 @@ def save_optimizers(path: Path, optimizers: list[Trained], level: float) -> None
     left.set(title="Training loss, running mean; all reach the line", xlabel="step", ylabel="CRF and spans")
     left.set_yscale("log")
     left.legend()
-    names = [f"{trained.name}\n{trained.steps_to(level)} steps to the line" for trained in optimizers]
+    names = [
+        f"{trained.name}\n{trained.steps_to(level)} steps to the line".replace(" ", "\n", 1) for trained in optimizers
+    ]
     memory, time = "Memory of the optimizer's state", "Median time of the optimizer's step"
     for axes, title, unit, values in (
         (middle, memory, "MiB", [trained.state_bytes() / 2**20 for trained in optimizers]),
