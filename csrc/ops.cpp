@@ -3,7 +3,8 @@
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(fastnlp_ops, m) {
-  // Linear-chain CRF. `messages` is what the backward pass needs beside the inputs (docs: csrc/cpu/crf.cpp).
+  // Linear-chain CRF. `messages` is what the backward pass needs beside the inputs (docs: csrc/cpu/crf.cpp). With
+  // `check_start` a masked first step is an error on CPU, as in torchcrf.
   m.def(
       "crf_log_partition(Tensor emissions, Tensor transitions, Tensor? start_transitions, Tensor? end_transitions, "
       "Tensor? mask, Tensor? cu_seqlens, bool save_messages) -> (Tensor log_partition, Tensor messages)");
@@ -13,7 +14,7 @@ STABLE_TORCH_LIBRARY(fastnlp_ops, m) {
       "(Tensor demissions, Tensor dtransitions, Tensor dstart_transitions, Tensor dend_transitions)");
   m.def(
       "crf_log_likelihood(Tensor emissions, Tensor tags, Tensor transitions, Tensor? start_transitions, "
-      "Tensor? end_transitions, Tensor? mask, Tensor? cu_seqlens, bool save_messages) -> "
+      "Tensor? end_transitions, Tensor? mask, Tensor? cu_seqlens, bool save_messages, bool check_start=False) -> "
       "(Tensor log_likelihood, Tensor messages)");
   m.def(
       "crf_log_likelihood_backward(Tensor grad, Tensor messages, Tensor emissions, Tensor tags, Tensor transitions, "
@@ -21,7 +22,7 @@ STABLE_TORCH_LIBRARY(fastnlp_ops, m) {
       "(Tensor demissions, Tensor dtransitions, Tensor dstart_transitions, Tensor dend_transitions)");
   m.def(
       "crf_viterbi(Tensor emissions, Tensor transitions, Tensor? start_transitions, Tensor? end_transitions, "
-      "Tensor? mask, Tensor? cu_seqlens) -> (Tensor paths, Tensor scores)");
+      "Tensor? mask, Tensor? cu_seqlens, bool check_start=False) -> (Tensor paths, Tensor scores)");
   m.def(
       "crf_viterbi_n_best(Tensor emissions, Tensor transitions, Tensor? start_transitions, Tensor? end_transitions, "
       "Tensor? mask, Tensor? cu_seqlens, int n_best) -> (Tensor paths, Tensor scores)");
