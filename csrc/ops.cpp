@@ -125,4 +125,10 @@ STABLE_TORCH_LIBRARY(fastnlp_ops, m) {
       "sparse_multilabel_categorical_crossentropy_double_backward(Tensor dloss, Tensor dscores_grad, Tensor "
       "log_negative, "
       "Tensor log_positive, Tensor scores, Tensor indices) -> (Tensor ddloss, Tensor dscores)");
+  // Adafactor: one step of many parameters, in place (csrc/adafactor.h says what each argument holds).
+  m.def(
+      "adafactor_step_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] rows, Tensor(c!)[] cols, "
+      "Tensor(d!)[] vectors, Tensor(e!)[] moments, Tensor(f!)[] averages, Tensor(g!) steps, Tensor(h!)? rms, "
+      "Tensor lr, int[] group_of, float[] options, Tensor? grad_scale, Tensor? found_inf, float max_grad_norm, "
+      "bool skip_nonfinite, int seed, int[] ids, Tensor(i!)? sums, int[] shards, int phases) -> ()");
 }
