@@ -131,4 +131,31 @@ STABLE_TORCH_LIBRARY(fastnlp_ops, m) {
       "Tensor(d!)[] vectors, Tensor(e!)[] moments, Tensor(f!)[] averages, Tensor(g!) steps, Tensor(h!)? rms, "
       "Tensor lr, int[] group_of, float[] options, Tensor? grad_scale, Tensor? found_inf, float max_grad_norm, "
       "bool skip_nonfinite, int seed, int[] ids, Tensor(i!)? sums, int[] shards, int phases) -> ()");
+
+  // Linear attention. feature_map: 0 identity, 1 elu+1, 2 relu, 3 relu^2, 4 exp, 5 softmax, 6 cosine+1. An empty tensor
+  // stands for a result that does not apply. `normalizer` is what the backward pass needs beside inputs and output.
+#define LINEAR_ATTENTION_OPTIONS                                                                                  \
+  "Tensor? key_padding_mask, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? log_decay, Tensor? initial_kv, " \
+  "Tensor? initial_key_sum, Tensor? initial_key_max, int feature_map, bool causal, bool normalize, float scale, " \
+  "float eps"
+#define LINEAR_ATTENTION_GRADIENTS \
+  "(Tensor dq, Tensor dk, Tensor dv, Tensor dlog_decay, Tensor dinitial_kv, Tensor dinitial_key_sum)"
+  m.def("linear_attention(Tensor q, Tensor k, Tensor v, " LINEAR_ATTENTION_OPTIONS
+        ") -> (Tensor out, Tensor normalizer, Tensor kv, Tensor key_sum, Tensor key_max)");
+  m.def(
+      "linear_attention_backward(Tensor? dout, Tensor? dkv, Tensor? dkey_sum, Tensor q, Tensor k, Tensor v, Tensor "
+      "out, "
+      "Tensor normalizer, Tensor kv, Tensor key_sum, Tensor key_max, " LINEAR_ATTENTION_OPTIONS
+      ") -> " LINEAR_ATTENTION_GRADIENTS);
+  m.def(
+      "linear_attention_double_backward(Tensor? dout, Tensor? dkv, Tensor? dkey_sum, Tensor? dq_grad, Tensor? dk_grad, "
+      "Tensor? dv_grad, Tensor? dlog_decay_grad, Tensor? dinitial_kv_grad, Tensor? dinitial_key_sum_grad, Tensor q, "
+      "Tensor k, Tensor v, " LINEAR_ATTENTION_OPTIONS
+      ") -> (Tensor ddout, Tensor ddkv, Tensor ddkey_sum, Tensor dq, Tensor dk, Tensor dv, Tensor dlog_decay, "
+      "Tensor dinitial_kv, Tensor dinitial_key_sum)");
+  m.def(
+      "linear_attention_step(Tensor q, Tensor k, Tensor v, Tensor(a!) kv, Tensor(b!) key_sum, Tensor(c!)? key_max, "
+      "Tensor? log_decay, int feature_map, bool normalize, float scale, float eps) -> Tensor");
+#undef LINEAR_ATTENTION_OPTIONS
+#undef LINEAR_ATTENTION_GRADIENTS
 }

@@ -1,9 +1,10 @@
-"""The picture of a run: loss curves, time and memory of compiled and plain heads, and F1 by type."""
+"""The pictures of runs: loss curves, time and memory of compiled and plain parts, and F1 by type."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import matplotlib
 
@@ -12,6 +13,9 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from sentences import Score
 from training import Run, Step, Trained
+
+if TYPE_CHECKING:
+    from decode_stream import Stream
 
 COMPILED, PLAIN = "tab:blue", "tab:orange"
 
@@ -74,6 +78,24 @@ def save_optimizers(path: Path, optimizers: list[Trained], level: float) -> None
         axes.bar_label(bars, [f"{value:.3g}" for value in values], padding=2)
         axes.set(title=title, ylabel=unit, yscale="log", ylim=(min(values) / 3, 3 * max(values)))
         axes.tick_params("x", labelsize=8)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def save_stream(path: Path, losses: list[float], streams: list[Stream]) -> None:
+    """The training loss, and for each way of decoding time and memory by position."""
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(15, 4), layout="constrained")
+    left.plot(range(1, len(losses) + 1), losses, color=COMPILED, linewidth=1)
+    left.set(title="Training loss", xlabel="step", ylabel="nats per byte")
+    for stream, color in zip(streams, (COMPILED, PLAIN), strict=True):
+        positions = range(0, len(stream.seconds) - 1, max(2, len(stream.seconds) // 64))
+        times = [stream.milliseconds(i, i + positions.step) for i in positions]
+        middle.plot(positions, times, color=color, label=stream.name)
+        right.plot([size / 1024 for size in stream.memory], color=color, label=stream.name)
+    middle.set(title="Time of a token", xlabel="tokens before it", ylabel="milliseconds, median", ylim=0)
+    right.set(title="Memory of the text so far", xlabel="tokens", ylabel="KiB", yscale="log")
+    for axes in (middle, right):
+        axes.legend()
     figure.savefig(path, dpi=120)
     plt.close(figure)
 

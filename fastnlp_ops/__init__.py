@@ -14,6 +14,7 @@ from fastnlp_ops import _triton, reference  # noqa: E402, F401  (what follows ne
 from fastnlp_ops._ops import adafactor as _adafactor  # noqa: E402, F401
 from fastnlp_ops._ops import crf as _crf  # noqa: E402, F401
 from fastnlp_ops._ops import global_pointer as _global_pointer  # noqa: E402, F401
+from fastnlp_ops._ops import linear_attention as _linear_attention  # noqa: E402, F401
 from fastnlp_ops._ops import memm as _memm  # noqa: E402, F401
 from fastnlp_ops._ops import multilabel as _multilabel  # noqa: E402, F401
 from fastnlp_ops.adafactor import Adafactor, adafactor_in_backward, adafactor_step_  # noqa: E402
@@ -39,6 +40,10 @@ from fastnlp_ops.global_pointer import (  # noqa: E402
 from fastnlp_ops.global_pointer_module import EfficientGlobalPointer, GlobalPointer  # noqa: E402
 from fastnlp_ops.global_pointer_state_dict import convert_global_pointer_state_dict  # noqa: E402
 from fastnlp_ops.gplinker import gplinker_decode  # noqa: E402
+from fastnlp_ops.linear_attention import linear_attention, linear_attention_step  # noqa: E402
+from fastnlp_ops.linear_attention_module import LinearAttention  # noqa: E402
+from fastnlp_ops.linear_attention_parallel import linear_attention_context_parallel  # noqa: E402
+from fastnlp_ops.linear_attention_state import LinearAttentionState  # noqa: E402
 from fastnlp_ops.memm import MEMM, memm_log_likelihood, memm_viterbi  # noqa: E402
 from fastnlp_ops.multilabel import (  # noqa: E402
     multilabel_categorical_crossentropy,
@@ -60,6 +65,8 @@ __all__ = [
     "GlobalPointer",
     "PiecewiseLinearLR",
     "TorchAdafactor",
+    "LinearAttention",
+    "LinearAttentionState",
     "__version__",
     "adafactor_in_backward",
     "adafactor_step_",
@@ -78,6 +85,9 @@ __all__ = [
     "global_pointer_scores",
     "gplinker_decode",
     "learning_rate_groups",
+    "linear_attention",
+    "linear_attention_context_parallel",
+    "linear_attention_step",
     "memm_log_likelihood",
     "memm_viterbi",
     "multilabel_categorical_crossentropy",

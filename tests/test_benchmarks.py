@@ -194,7 +194,7 @@ def test_crf_closed_form_is_the_reference(ragged):
         torch.testing.assert_close(value, expected, rtol=1e-10, atol=1e-10)
 
 
-CELLS = {"multilabel": (5, 300), "global_pointer": (2, 40, 3, 8)}
+CELLS = {"multilabel": (5, 300), "global_pointer": (2, 40, 3, 8), "linear_attention": (2, 128, 3, 8)}
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -250,6 +250,35 @@ def test_global_pointer_floor_counts_cells():
     }
     for pass_name, (nbytes, products) in wanted.items():
         case = Case(bench.OPS[pass_name], pass_name, inputs.shape, ())
+        assert bench.floor(case, inputs, bytes_alone) == nbytes
+        assert bench.floor(case, inputs, products_alone) == products
+
+
+def test_linear_attention_by_hand_is_the_reference():
+    proof = pytest.importorskip("benchmarks.proof_linear_attention")
+    bench = pytest.importorskip("benchmarks.bench_linear_attention")
+    for pass_name in (bench.CAUSAL_TRAIN, bench.BOTH_TRAIN):
+        inputs = bench.make_inputs((2, 128, 3, 8), "float64", "cpu", ragged=True)
+        work = bench.PROVIDERS["reference"](Case("linear_attention", pass_name, inputs.shape, ()), inputs)
+        for name, distance in work.outputs(work.run()).items():
+            # eps is added by hand, and a bound in the reference
+            assert distance < 1e-6, (pass_name, name)
+    assert proof.relative(torch.tensor([1.0, 3.0]), torch.tensor([1.0, 2.0], dtype=torch.float64)) == 0.5
+
+
+def test_linear_attention_floor_counts_tokens():
+    bench = pytest.importorskip("benchmarks.bench_linear_attention")
+    inputs = bench.make_inputs((2, 64, 3, 4), "float32", "cpu")
+    bytes_alone = SimpleNamespace(device="cpu", copy_s=float, fma_s=lambda *_: 0.0)
+    products_alone = SimpleNamespace(device="cpu", copy_s=bool, fma_s=lambda count, *_: float(count))
+    tokens = 2 * 64 * 3
+    wanted = {
+        bench.CAUSAL: (4 * tokens * 16, tokens * (2 * 16 + 10 * 2 * 4)),
+        bench.BOTH_TRAIN: (12 * tokens * 16, tokens * (6 * 16 + 2 * 10 * 2 * 4)),
+        bench.DECODE: (2 * 6 * 4 * 5 * 4, 2 * 6 * 16),
+    }
+    for pass_name, (nbytes, products) in wanted.items():
+        case = Case("linear_attention", pass_name, inputs.shape, ())
         assert bench.floor(case, inputs, bytes_alone) == nbytes
         assert bench.floor(case, inputs, products_alone) == products
 

@@ -19,6 +19,11 @@ from fastnlp_ops.reference.global_pointer import (
     global_pointer_scores,
 )
 from fastnlp_ops.reference.gplinker import gplinker_decode
+from fastnlp_ops.reference.linear_attention import (
+    linear_attention,
+    linear_attention_recurrent,
+    linear_attention_step,
+)
 from fastnlp_ops.reference.memm import memm_log_likelihood, memm_viterbi
 from fastnlp_ops.reference.multilabel import (
     multilabel_categorical_crossentropy,
@@ -41,6 +46,9 @@ __all__ = [
     "global_pointer_loss",
     "global_pointer_scores",
     "gplinker_decode",
+    "linear_attention",
+    "linear_attention_recurrent",
+    "linear_attention_step",
     "memm_log_likelihood",
     "memm_viterbi",
     "multilabel_categorical_crossentropy",
