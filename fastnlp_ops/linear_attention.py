@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fastnlp_ops._linear_attention_inputs import kernel_inputs, step_inputs
+from fastnlp_ops._ops.linear_attention import run
 from fastnlp_ops.linear_attention_state import LinearAttentionState
 
 
@@ -86,12 +87,13 @@ def linear_attention(
         log_decay <= 0. On CUDA offsets are not checked.
 
     Precision:
-        Products of inputs, sums and the normaliser in float32 (float64 for float64 inputs), the result rounded once.
-        "exp" and "softmax" keep running maxima: no offset of q or k overflows or loses keys. NaN or inf in a token
-        stays in its sequence and the heads that share its key, causal in later tokens. Deterministic: the same bits for
-        every run and number of threads. The backward pass saves inputs, output, one number for each token and head, and
-        the state. Differentiable twice, the second time through the plain PyTorch reference, which where causal holds a
-        tensor of [T, T] for each head ("exp": [T, T, Dk]).
+        Products, sums and the normaliser in float32 (float64 for float64 inputs), the result rounded once. "exp" and
+        "softmax" keep running maxima: no offset of q or k overflows or loses keys. Gradients read the rounded result,
+        and of "exp" the rounded logarithm of the normaliser: an error of 1e-7 times the largest exponent. NaN or inf in
+        a token stays in its sequence and the heads that share its key, causal in later tokens. Deterministic: the same
+        bits for every run and number of threads. The backward pass saves inputs, output, one number for each token and
+        head, and the state. Differentiable twice, the second time through the plain PyTorch reference, which where
+        causal holds a tensor of [T, T] for each head ("exp": [T, T, Dk]).
 
     References:
         Katharopoulos et al., "Transformers are RNNs" (2020), arXiv 2006.16236, equations (4) to (12). "softmax": Shen
@@ -100,7 +102,7 @@ def linear_attention(
     """
     layout = (key_padding_mask, cu_seqlens_q, cu_seqlens_k, log_decay, initial_state)
     inputs, factor = kernel_inputs(q, k, v, feature_map, causal, normalize, scale, eps, *layout)
-    out, _, kv, key_sum, key_max = torch.ops.fastnlp_ops.linear_attention(*inputs)
+    out, _, kv, key_sum, key_max = run(inputs)
     if factor != 1:
         out = out * factor
     if not return_state:

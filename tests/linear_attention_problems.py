@@ -56,12 +56,21 @@ LAYOUTS = {
     "long": {"B": 1, "T": 301, "H": 2, "Dk": 20, "Dv": 12, "causal": True, "mask": "holes"},
     "long_both": {"B": 1, "T": 1030, "H": 2, "Dk": 20, "Dv": 12},
 }
-# Layouts with every map that takes them. A softmax over positions is causal in the public function only.
+# Some layouts go with every map. Causal, "softmax" is "exp", but for what the public function makes of it.
+THOROUGH = ["odd", "odd_both", "holes", "holes_both", "sums", "sums_both", "packed_state", "gate_state", "state"]
+
+
+def maps_of(layout):
+    options = LAYOUTS[layout]
+    usual = ("elu+1", "relu^2", "exp", "cosine+1") if options.get("causal") else ("elu+1", "exp", "softmax", "cosine+1")
+    names = FEATURE_MAPS if layout in THOROUGH else usual
+    return [name for name in names if not ("decay" in options and name in EXPONENTIAL)]
+
+
 CASES = {
     f"{layout}-{name}": {"feature_map": name, **options}
     for layout, options in LAYOUTS.items()
-    for name in FEATURE_MAPS
-    if not ("decay" in options and name in EXPONENTIAL)
+    for name in maps_of(layout)
 }
 
 

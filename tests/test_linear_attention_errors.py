@@ -287,3 +287,57 @@ def test_errors_of_gradients_in_step(name):
     assert_raises(NotImplementedError, sentence, arguments, "linear_attention_step")
     with torch.no_grad():
         fastnlp_ops.linear_attention_step(**arguments)
+
+
+def op_arguments():
+    tensors = [torch.ones(B, T, H, Dk), torch.ones(B, T, G, Dk), torch.ones(B, T, G, Dv)]
+    return [*tensors, None, None, None, None, None, None, None, 1, True, True, 0.5, 1e-6]
+
+
+OP_BAD = {
+    "k must be Float like q, got Double": {1: torch.ones(B, T, G, Dk, dtype=torch.float64)},
+    "q must have adjacent channels (stride 1)": {0: torch.ones(B, T, H, 2 * Dk)[..., ::2]},
+    "q must have a multiple of the 4 heads of k, got 6": {1: torch.ones(B, T, 4, Dk), 2: torch.ones(B, T, 4, Dv)},
+    "k must have shape (2, 5, 3, 4), got shape (2, 5, 3, 8)": {1: torch.ones(B, T, G, 8)},
+    "v must have shape (2, 5, 3, 7), got shape (2, 4, 3, 7)": {2: torch.ones(B, T - 1, G, Dv)},
+    "key_padding_mask must be Bool, got Float": {3: torch.ones(B, T)},
+    "key_padding_mask must have shape (2, 5), got shape (5, 2)": {3: torch.ones(T, B, dtype=torch.bool)},
+    "log_decay must have shape (3,), got shape (6,)": {6: torch.zeros(H)},
+    "log_decay must be Float, got Double": {6: torch.zeros(G, dtype=torch.float64)},
+    "log_decay must be None with the feature maps exp and softmax": {6: torch.zeros(G), 10: 4},
+    "initial_kv and initial_key_sum must be given together": {7: torch.zeros(B, G, Dk, Dv)},
+    "initial_kv must have shape (2, 3, 5, 7), got shape (2, 3, 4, 7)": {
+        7: torch.zeros(B, G, Dk, Dv),
+        8: torch.zeros(B, G, Dk),
+        10: 6,
+    },
+    "initial_key_max must be given with the feature maps exp and softmax": {
+        7: torch.zeros(B, G, Dk, Dv),
+        8: torch.zeros(B, G, Dk),
+        10: 4,
+    },
+    "feature_map must be in 0 .. 6, got 7": {10: 7},
+    "feature_map must be exp where causal, got softmax": {10: 5},
+}
+
+
+@pytest.mark.parametrize("sentence", OP_BAD)
+def test_errors_of_ops(sentence):
+    """An op that is called without the public function says what is wrong and reads nothing that is not there."""
+    arguments = op_arguments()
+    torch.ops.fastnlp_ops.linear_attention(*arguments)
+    for index, value in OP_BAD[sentence].items():
+        arguments[index] = value
+    with pytest.raises(ValueError) as caught:
+        torch.ops.fastnlp_ops.linear_attention(*arguments)
+    assert str(caught.value) == sentence
+
+
+def test_a_state_without_queries():
+    """What only the op takes: no query, causal, for the state that keys leave."""
+    arguments = op_arguments()
+    expected = torch.ops.fastnlp_ops.linear_attention(*arguments)
+    arguments[0] = torch.ones(B, 0, H, Dk)
+    found = torch.ops.fastnlp_ops.linear_attention(*arguments)
+    assert found[0].shape == (B, 0, H, Dv)
+    assert all(torch.equal(*pair) for pair in zip(found[2:4], expected[2:4], strict=True))

@@ -90,6 +90,32 @@ def _formula(ctx: Any, dout: Tensor | None, _: None, dkv: Tensor | None, dkey_su
 torch.library.register_autograd("fastnlp_ops::linear_attention", _formula, setup_context=_save)
 
 
+class _Eager(torch.autograd.Function):
+    """The same formula without torch.library in between, which reads the 15 arguments of the schema one by one.
+
+    At 1 x 1 x 1 x 8, timed in turns, the op takes 82 us through the registered formula and 19 us through this.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
+        with torch._C._AutoDispatchBelowAutograd():
+            output = _OPS.linear_attention.default(*inputs)
+        _save(ctx, inputs, output)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Any) -> Any:
+        return _formula(ctx, *upstream)
+
+
+def run(inputs: Sequence[Any]) -> tuple[Tensor, ...]:
+    """The op, for eager training by the shorter way."""
+    asked = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs[:-_OPTIONS])
+    if asked and not torch.compiler.is_compiling():
+        return _Eager.apply(*inputs)
+    return _OPS.linear_attention(*inputs)
+
+
 def _backward_save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.options = inputs[-_OPTIONS:]
     # Not the results of the forward pass: they are functions of its inputs, which stand for them.
