@@ -33,6 +33,7 @@ struct Block {
   C *top, *first;                    // [Dk] trail: from there to the block's end
   double total_decay;
   int64_t next = kBlock;  // from a token to its like in the next block
+  mutable Ahead ahead;
 
   static size_t bytes(const LinearAttentionProblem& p) {
     const Sizes<C> s(p);
@@ -138,12 +139,12 @@ struct Block {
   void read_head(const HeadTensor& from, int64_t token, int64_t head, int64_t n, int64_t size, C* to,
                  int64_t stride) const {
     const int64_t offset = sequence.batch * from.batch_stride + token * from.token_stride + head * from.head_stride;
-    read_rows(p.dtype, from.data, offset, from.token_stride, n, next, size, to, stride);
+    read_rows(p.dtype, from.data, offset, from.token_stride, n, next, size, to, stride, ahead);
   }
   // Rows of out or dout.
   void read_out(const void* from, int64_t t, int64_t h, int64_t n, C* to) const {
     read_rows(p.dtype, from, query_row(t, h) * sizes.values, p.heads * sizes.values, n, next, sizes.values, to,
-              sizes.value_stride);
+              sizes.value_stride, ahead);
   }
 
   void read_raw_keys(int64_t t, int64_t n, C* to) const {
@@ -242,7 +243,7 @@ struct Block {
   // The keys of read_source_keys enter local.
   void add_keys(int64_t n, const C* from) const {
     decay_local();
-    local.add(sizes, n, from, values, nullptr);
+    local.add(sizes, n, from, values, nullptr, ahead);
   }
 
   void read_raw_queries(int64_t t, int64_t n, int64_t h, C* to) const {
@@ -324,10 +325,12 @@ struct Block {
   // columns [F, n] <- (state y^T + sum u^T) w, where y [n, Dv] stands in panels; u and w null: ones.
   void read_state(const State<C>& state, int64_t n, const C* y_panels, const C* u, const C* w) const {
     for (int64_t x = 0; x < n; x += kPanel<C>)
-      for (int64_t d = 0; d < sizes.features; d += kGroup)
+      for (int64_t d = 0; d < sizes.features; d += kGroup) {
+        ahead.ask();
         product<C, false>(std::min(kGroup, sizes.features - d), sizes.values, state.kv + d * sizes.value_stride,
                           sizes.value_stride, 1, y_panels + x * sizes.values, kPanel<C>, columns + d * kBlock + x,
                           kBlock);
+      }
     const Vec<C> one = splat(C{1});
     for (int64_t d = 0; d < sizes.features; ++d) {
       const Vec<C> sum = splat(state.sum[d]);

@@ -103,7 +103,7 @@ void forward(const LinearAttentionItem& item, int64_t begin, int64_t end, const 
         reading = block.queries_out;
       }
       multiply<C, false>(n, sizes.features, sizes.width, reading, sizes.feature_stride, 1, state->kv,
-                         sizes.value_stride, block.rows, sizes.value_stride);
+                         sizes.value_stride, block.rows, sizes.value_stride, block.ahead);
       for (int64_t i = 0; i < n && p.divides(); ++i)
         block.z[i] = dot(reading + i * sizes.feature_stride, static_cast<const C*>(state->sum), sizes.features);
       if (p.causal) {
@@ -148,7 +148,7 @@ void query_gradients(const LinearAttentionItem& item, int64_t begin, int64_t end
         triangle.finish(nullptr, block.dz, block.decay_weights(), block.dtile, nullptr);
         triangle.add_transposed(sizes.features, keys, sizes.feature_stride, block.dtile, block.columns);
       } else {
-        block.local.add(sizes, n, block.queries, block.dn, block.dz);
+        block.local.add(sizes, n, block.queries, block.dn, block.dz, block.ahead);
       }
       to_rows(n, sizes.features, block.columns, block.rows, sizes.feature_stride);
       block.add_decay_terms(t, n, block.queries, 1);
@@ -213,7 +213,7 @@ struct QuerySource {
   }
   void add(int64_t n) const {
     if (block.decays()) block.scale_rows(n, block.queries_out, block.lead, block.queries_out);
-    block.local.add(sizes, n, block.queries_out, block.dn, block.dz);
+    block.local.add(sizes, n, block.queries_out, block.dn, block.dz, block.ahead);
   }
 };
 
@@ -255,7 +255,7 @@ void key_gradients(const LinearAttentionItem& item, int64_t begin, int64_t end, 
     to_panels(n, sizes.values, block.values, sizes.value_stride, block.panels);
     block.read_state(state, n, block.panels, nullptr, block.decays() ? block.trail : nullptr);
     multiply<C, false>(n, sizes.features, sizes.width, reading, sizes.feature_stride, 1, state.kv, sizes.value_stride,
-                       block.dvalues, sizes.value_stride);
+                       block.dvalues, sizes.value_stride, block.ahead);
     if (p.causal) {
       const Triangle<C> triangle{n, false};
       to_panels(n, sizes.features, block.keys, sizes.feature_stride, block.more_panels);

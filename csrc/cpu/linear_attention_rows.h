@@ -25,22 +25,19 @@ struct Sizes {
         channels(p.key_size),
         values(p.value_size),
         width(padded_to_panel<C>(p.value_size)),
-        feature_stride(row_stride<C>(features + Simd<C>::lanes)),
+        feature_stride(row_stride<C>(features + Simd<C>::lanes)),  // with room for a constant in front of whole panels
         value_stride(row_stride<C>(p.value_size)) {}
 };
 
-// n rows of a tensor. Those of the next block, `next` rows further on, start on their way from memory: a head's rows
-// lie too far apart for the hardware to guess them.
+// n rows of a tensor; those `next` rows further on will be wanted.
 template <class C>
 void read_rows(DType dtype, const void* data, int64_t offset, int64_t step, int64_t n, int64_t next, int64_t size,
-               C* to, int64_t stride) {
+               C* to, int64_t stride, Ahead& ahead) {
   with_stored<C>(dtype, [&](auto* type) {
     const auto* from = static_cast<decltype(type)>(data) + offset;
-    const int64_t line = 64 / sizeof(*type);
-    for (int64_t i = 0; i < n; ++i) {
-      for (int64_t x = 0; x < size; x += line) __builtin_prefetch(from + (i + next) * step + x, 0, 2);
-      load_row(from + i * step, size, padded_to_panel<C>(size), C{0}, to + i * stride);
-    }
+    for (int64_t i = 0; i < n; ++i) load_row(from + i * step, size, padded_to_panel<C>(size), C{0}, to + i * stride);
+    constexpr int64_t bytes = sizeof(*type);
+    if (next) ahead.expect(from + next * step, step * bytes, n, size * bytes);
   });
 }
 

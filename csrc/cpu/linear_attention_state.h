@@ -19,7 +19,7 @@ struct State {
   C* max;  // [Dk]
   double* log_decay;
 
-  static int64_t padded(int64_t n) { return row_stride<C>(n + Simd<C>::lanes); }
+  static int64_t padded(int64_t n) { return row_stride<C>(n + 4 * Simd<C>::lanes); }
   static size_t bytes(const LinearAttentionProblem& p) {
     const Sizes<C> sizes(p);
     return static_cast<size_t>(sizes.features * sizes.value_stride + 2 * padded(sizes.features)) * sizeof(C) + 128;
@@ -79,16 +79,28 @@ struct State {
   }
 
   // kv += rows^T y, sum += rows^T w, of n tokens: rows [n, F], y [n, Dv], w [n] or null: ones.
-  void add(const Sizes<C>& sizes, int64_t n, const C* rows, const C* y, const C* w) const {
+  void add(const Sizes<C>& sizes, int64_t n, const C* rows, const C* y, const C* w, Ahead& ahead) const {
     multiply<C, true>(sizes.features, n, sizes.width, rows, 1, sizes.feature_stride, y, sizes.value_stride, kv,
-                      sizes.value_stride);
-    for (int64_t d = 0; d < sizes.features; d += Simd<C>::lanes) {
-      Vec<C> total = {};
+                      sizes.value_stride, ahead);
+    if (w)
+      add_sums<true>(sizes, n, rows, w);
+    else
+      add_sums<false>(sizes, n, rows, w);
+  }
+  // Four vectors at a time hide the latency of an addition.
+  template <bool WEIGHTED>
+  void add_sums(const Sizes<C>& sizes, int64_t n, const C* rows, const C* w) const {
+    constexpr int lanes = Simd<C>::lanes;
+    for (int64_t d = 0; d < sizes.features; d += 4 * lanes) {
+      Vec<C> total[4] = {};
       for (int64_t i = 0; i < n; ++i) {
-        const Vec<C> x = load(rows + i * sizes.feature_stride + d);
-        total += w ? x * splat(w[i]) : x;
+        const Vec<C> weight = splat(WEIGHTED ? w[i] : C{1});
+        for (int v = 0; v < 4; ++v) {
+          const Vec<C> x = load(rows + i * sizes.feature_stride + d + v * lanes);
+          total[v] += WEIGHTED ? x * weight : x;
+        }
       }
-      store(sum + d, load(sum + d) + total);
+      for (int v = 0; v < 4; ++v) store(sum + d + v * lanes, load(sum + d + v * lanes) + total[v]);
     }
   }
 

@@ -27,7 +27,8 @@ struct Step {
 
   void read(const HeadTensor& from, int64_t head, int64_t size, C* to) const {
     const int64_t offset = item.sequence->batch * from.batch_stride + head * from.head_stride;
-    read_rows(p.dtype, from.data, offset, 0, 1, 0, size, to, 0);
+    Ahead nothing;
+    read_rows(p.dtype, from.data, offset, 0, 1, 0, size, to, 0, nothing);
   }
 
   // key <- phi(k), factors <- what scales the channels of the state.

@@ -53,14 +53,53 @@ void to_rows(int64_t n, int64_t depth, const C* columns, C* rows, int64_t stride
     }
 }
 
+// Rows of the next block, asked for a few cache lines at a time between products: those of a head lie too far apart for
+// the hardware to guess them, and all at once they would wait for each other.
+class Ahead {
+ public:
+  void expect(const void* first, int64_t step, int64_t rows, int64_t bytes) {
+    if (count_ == kMost || rows <= 0) return;
+    wanted_[(first_ + count_++) % kMost] = {static_cast<const char*>(first), step, rows, bytes};
+  }
+  void ask() {
+    for (int i = 0; i < kLines && count_ > 0; ++i) {
+      Rows& rows = wanted_[first_];
+      __builtin_prefetch(rows.at + at_, 0, 2);
+      at_ += 64;
+      if (at_ < rows.bytes) continue;
+      at_ = 0;
+      rows.at += rows.step;
+      if (--rows.rows > 0) continue;
+      first_ = (first_ + 1) % kMost;
+      --count_;
+    }
+  }
+
+ private:
+  struct Rows {
+    const char* at;
+    int64_t step;
+    int64_t rows;
+    int64_t bytes;
+  };
+  static constexpr int kMost = 8;
+  static constexpr int kLines = 12;
+  Rows wanted_[kMost];
+  int first_ = 0;
+  int count_ = 0;
+  int64_t at_ = 0;
+};
+
 // to [rows, width] = or += a [rows, depth] b [depth, width], all of whose rows are whole panels.
 template <class C, bool ADD>
 void multiply(int64_t rows, int64_t depth, int64_t width, const C* a, int64_t a_row, int64_t a_step, const C* b,
-              int64_t b_step, C* to, int64_t to_row) {
+              int64_t b_step, C* to, int64_t to_row, Ahead& ahead) {
   for (int64_t y = 0; y < width; y += kPanel<C>)
-    for (int64_t r = 0; r < rows; r += kGroup)
+    for (int64_t r = 0; r < rows; r += kGroup) {
+      ahead.ask();
       product<C, ADD>(std::min(kGroup, rows - r), depth, a + r * a_row, a_row, a_step, b + y, b_step,
                       to + r * to_row + y, to_row);
+    }
 }
 
 // The cells of a tile [n, n] with column <= row, or with column >= row. Whole groups and panels are computed.
