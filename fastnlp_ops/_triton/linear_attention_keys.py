@@ -150,7 +150,7 @@ def linear_attention_keys_kernel(
         for step in range(steps):
             live = inside
             if CAUSAL and MAP == EXP:
-                live = inside & ((steps == 1) | (local == BLOCK - 1 - step))
+                live = tl.where(steps == 1, inside, inside & (local == BLOCK - 1 - step))
                 before = top
                 for h in range(GROUP):
                     at = (b * tokens + row) * (heads * GROUP) + head * GROUP + h
@@ -263,4 +263,4 @@ def linear_attention_keys_kernel(
             )
             if MAP == EXP:
                 channel = tl.arange(0, X)
-                tl.store(last_key_max_ptr + place * DK + channel, top, mask=(channel < DK) & (column == 0))
+                tl.store(last_key_max_ptr + place * DK + channel, top, mask=tl.where(column == 0, channel < DK, False))

@@ -124,7 +124,7 @@ def linear_attention_queries_kernel(
             live = inside
             if CAUSAL:
                 if MAP == EXP:
-                    live = inside & ((steps == 1) | (local == step))
+                    live = tl.where(steps == 1, inside, inside & (local == step))
                 seen = there & live
                 k = load_tile(k_ptr, row, k_stride_t, seen, x_first, DK, X).to(compute)
                 v = load_tile(v_ptr, row, v_stride_t, seen, y_first, DV, INNER if GRADIENT else OUTER)
@@ -206,10 +206,10 @@ def linear_attention_queries_kernel(
                 else:
                     if NORMALIZE:
                         if MAP == EXP:
-                            tl.store(normalizer_ptr + at, shift + tl.log(z), mask=live & (column == 0))
+                            tl.store(normalizer_ptr + at, shift + tl.log(z), mask=tl.where(column == 0, live, False))
                             y = tl.where((z == 0.0)[:, None], 0.0, y / z[:, None])
                         else:
-                            tl.store(normalizer_ptr + at, z, mask=live & (column == 0))
+                            tl.store(normalizer_ptr + at, z, mask=tl.where(column == 0, live, False))
                             bound = tl.full((), eps, compute)
                             guarded = tl.where(tl.abs(z) < bound, tl.where(z < 0.0, -bound, bound), z)
                             y = y / guarded[:, None]
@@ -247,4 +247,4 @@ def linear_attention_queries_kernel(
             )
             if MAP == EXP:
                 channel = tl.arange(0, X)
-                tl.store(last_key_max_ptr + place * DK + channel, top, mask=(channel < DK) & (column == 0))
+                tl.store(last_key_max_ptr + place * DK + channel, top, mask=tl.where(column == 0, channel < DK, False))

@@ -141,7 +141,7 @@ def linear_attention_sums_kernel(
     store_state(kv_ptr, key_sum_ptr, place, first, state, row0, sums, count, BIAS, DK, DV, INNER, OUTER)
     if MAP == EXP:
         channel = tl.arange(0, INNER)
-        tl.store(key_max_ptr + place * DK + channel, top, mask=(channel < DK) & (column == 0))
+        tl.store(key_max_ptr + place * DK + channel, top, mask=tl.where(column == 0, channel < DK, False))
     if decay_ptr is not None:
         tl.store(total_ptr + place + tl.arange(0, 1), decayed, mask=column + tl.arange(0, 1) == 0)
 

@@ -216,7 +216,7 @@ def store_state(
     key_sum_ptr += place * (DK + BIAS)
     offset = (inner[:, None] + BIAS) * DV + outer[None, :]
     tl.store(kv_ptr + offset, state, mask=(inner < DK)[:, None] & (outer < DV)[None, :])
-    tl.store(key_sum_ptr + BIAS + inner, column, mask=(inner < DK) & (first == 0))
+    tl.store(key_sum_ptr + BIAS + inner, column, mask=tl.where(first == 0, inner < DK, False))
     if BIAS:
         tl.store(kv_ptr + outer, row, mask=outer < DV)
         tl.store(key_sum_ptr + tl.arange(0, 1), corner, mask=first + tl.arange(0, 1) == 0)
