@@ -149,7 +149,7 @@ class Call:
         if self.feature_map in (SOFTMAX.value, COSINE.value):
             self.q = map_rows(self.q, feature_map)
         if self.feature_map == COSINE.value:
-            self.k = map_rows(self.k, feature_map)
+            self.k = map_rows(self.k, feature_map, self.mask)
 
     def without_queries(self) -> None:
         """Makes a call that has keys alone one whose queries are 0."""

@@ -82,7 +82,8 @@ def gradients(
     call.keys(dv, behind, segment, above, of_keys=False, last=last if call.causal else NOTHING, products=parts)
     call.keys(dk, behind, segment, above, of_keys=True)
     if cosine:
-        dq, dk = map_rows(q, call.feature_map, dq), map_rows(k, call.feature_map, dk)
+        dq = map_rows(q, call.feature_map, dphi=dq)
+        dk = map_rows(k, call.feature_map, call.mask, dk)
     dlog_decay = None if parts is None else _decay_gradient(call, products, parts.sum(0), final, dfinal)
     return dq, dk, dv, dlog_decay, _in_front(call, last)
 
@@ -110,7 +111,7 @@ def _softmax(call: Call, dout: Tensor, final: State, dfinal: State, dk: Tensor, 
     segment = call.part(call.Tk, max(call.DK, call.DV))
     call.keys(dv, behind, segment, above, of_keys=False)
     call.keys(dk, behind, segment, above, of_keys=True)
-    return map_rows(q, call.feature_map, dphi), dk, dv, None, _in_front(call, behind)
+    return map_rows(q, call.feature_map, dphi=dphi), dk, dv, None, _in_front(call, behind)
 
 
 def _decay_gradient(call: Call, of_queries: Tensor, of_keys: Tensor, final: State, dfinal: State) -> Tensor:

@@ -13,6 +13,7 @@ from fastnlp_ops._triton.linear_attention_tiles import (
     EXP,
     SIZES,
     decays,
+    decays_between,
     exp_from,
     exp_rows,
     exponents,
@@ -184,10 +185,11 @@ def linear_attention_keys_kernel(
                     g, total = decays(
                         decay_ptr + b * decay_stride_b + head * decay_stride_h, row, decay_stride_t, seen
                     )
-                    between = tl.exp(tl.where(future, g[None, :] - g[:, None], 0.0))
-                    carried = tl.exp(total)
-                    y *= tl.exp(total - g)[:, None]
-                    z *= tl.exp(total - g)
+                    between = decays_between(-g, -g, future, compute)
+                    near, far = tl.exp((total - g).to(compute)), tl.exp(g.to(compute))
+                    carried = tl.exp(total.to(compute))
+                    y *= near[:, None]
+                    z *= near
                     state *= carried
                     row0 *= carried
                     sums *= carried
@@ -218,11 +220,11 @@ def linear_attention_keys_kernel(
                         scores += 1.0
                     if decay_ptr is not None:
                         scores *= between
-                        value *= tl.exp(g)[:, None]
+                        value *= far[:, None]
                     if delta_ptr is not None:
                         late = delta
                         if decay_ptr is not None:
-                            late *= tl.exp(g)
+                            late *= far
                         if OF_KEYS:
                             row0 += tl.sum(late[:, None] * q, 0)
                         else:

@@ -14,6 +14,7 @@ from fastnlp_ops._triton.linear_attention_tiles import (
     EXP,
     SIZES,
     decays,
+    decays_between,
     exp_from,
     exp_rows,
     exponents,
@@ -151,7 +152,8 @@ def linear_attention_queries_kernel(
                     g, total = decays(
                         decay_ptr + b * decay_stride_b + head * decay_stride_h, row, decay_stride_t, seen
                     )
-                    between = tl.exp(tl.where(past, g[:, None] - g[None, :], 0.0))
+                    between = decays_between(g, g, past, compute)
+                    near, far = tl.exp(g.to(compute)), tl.exp((total - g).to(compute))
             for h in range(GROUP):
                 at = (b * tokens + row) * (heads * GROUP) + head * GROUP + h
                 if GRADIENT:
@@ -185,10 +187,10 @@ def linear_attention_queries_kernel(
                     elif BIAS:
                         scores += 1.0
                     if decay_ptr is not None:
-                        y *= tl.exp(g)[:, None]
+                        y *= near[:, None]
                         scores *= between
                         if not GRADIENT:
-                            z *= tl.exp(g)
+                            z *= near
                     if not GRADIENT:
                         counted = past & seen[None, :] if BIAS else past
                         z += tl.sum(tl.where(counted, scores, 0.0), 1)
@@ -226,12 +228,12 @@ def linear_attention_queries_kernel(
             if CAUSAL:
                 weight = seen.to(compute)
                 if decay_ptr is not None:
-                    carried = tl.exp(total)
+                    carried = tl.exp(total.to(compute))
                     state *= carried
                     row0 *= carried
                     sums *= carried
                     count *= carried
-                    weight *= tl.exp(total - g)
+                    weight *= far
                     value *= weight[:, None]
                 state = tl.dot(tl.trans(key), value.to(operand), acc=state, input_precision=PRECISION)
                 if GRADIENT or BIAS:

@@ -32,6 +32,7 @@ def linear_attention_map_rows_kernel(
     x_ptr,
     dphi_ptr,  # [B, T, H, SIZE] of the compute type, or None
     result_ptr,  # [B, T, H, SIZE]: phi(x), or dx
+    mask_ptr,  # [B, T] or None: what is masked is not read
     rows,
     tokens,
     heads,
@@ -46,24 +47,26 @@ def linear_attention_map_rows_kernel(
     compute: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     there = row < rows
+    if mask_ptr is not None:
+        there = there & (tl.load(mask_ptr + row // heads, mask=there, other=0) != 0)
     source = row // (tokens * heads) * stride_b + row // heads % tokens * stride_t + row % heads * stride_h
     phi, slope = map_row(load_tile(x_ptr, source, 1, there, 0, SIZE, WIDTH).to(compute), there, SIZE, MAP)
     if dphi_ptr is not None:
         dphi = load_tile(dphi_ptr, row, SIZE, there, 0, SIZE, WIDTH)
         phi = slope * (dphi - tl.sum(phi * dphi, 1)[:, None] * (1.0 if MAP == SOFTMAX else phi))
     channel = tl.arange(0, WIDTH)
-    where = there[:, None] & (channel < SIZE)[None, :]
+    where = (row < rows)[:, None] & (channel < SIZE)[None, :]
     tl.store(result_ptr + row[:, None] * SIZE + channel[None, :], phi.to(result_ptr.dtype.element_ty), mask=where)
 
 
-def map_rows(x: Tensor, feature_map: int, dphi: Tensor | None = None) -> Tensor:
+def map_rows(x: Tensor, feature_map: int, mask: Tensor | None = None, dphi: Tensor | None = None) -> Tensor:
     """phi(x) of "softmax" over features or "cosine+1", or the gradient by x, [B, T, H, D] contiguous in x's dtype."""
     result = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     rows, width = x.numel() // x.shape[3], triton.next_power_of_2(x.shape[3])
     block = max(1, 2048 // width)
     if rows:
         linear_attention_map_rows_kernel[(triton.cdiv(rows, block),)](
-            x, dphi, result, rows, x.shape[1], x.shape[2], *x.stride()[:3], SIZE=x.shape[3], WIDTH=width, ROWS=block,
+            x, dphi, result, mask, rows, x.shape[1], x.shape[2], *x.stride()[:3], SIZE=x.shape[3], WIDTH=width, ROWS=block,
             MAP=feature_map, num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
     return result

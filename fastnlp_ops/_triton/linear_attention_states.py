@@ -80,7 +80,7 @@ def linear_attention_sums_kernel(
     row0 = tl.zeros([OUTER], compute)
     sums = tl.zeros([INNER], compute)
     count = tl.zeros([1], compute)
-    decayed = tl.zeros([1], compute)
+    decayed = tl.zeros([1], tl.float64)
     if MAP == EXP:
         top = tl.full([INNER], float("-inf"), compute)
     local = tl.arange(0, BLOCK)
@@ -94,8 +94,8 @@ def linear_attention_sums_kernel(
             there = inside & (tl.load(mask_ptr + b * tokens + row, mask=inside, other=0) != 0)
         if decay_ptr is not None:
             g, total = decays(decay_ptr + b * decay_stride_b + head * decay_stride_h, row, decay_stride_t, there)
-            weight = tl.exp(g if QUERIES else total - g)
-            carried = tl.exp(total)
+            weight = tl.exp((g if QUERIES else total - g).to(compute))
+            carried = tl.exp(total.to(compute))
             state *= carried
             row0 *= carried
             sums *= carried
@@ -143,7 +143,7 @@ def linear_attention_sums_kernel(
         channel = tl.arange(0, INNER)
         tl.store(key_max_ptr + place * DK + channel, top, mask=tl.where(column == 0, channel < DK, False))
     if decay_ptr is not None:
-        tl.store(total_ptr + place + tl.arange(0, 1), decayed, mask=column + tl.arange(0, 1) == 0)
+        tl.store(total_ptr + place + tl.arange(0, 1), decayed.to(compute), mask=column + tl.arange(0, 1) == 0)
 
 
 @triton.jit(do_not_specialize=SIZES)

@@ -140,13 +140,24 @@ def split_finite(c):
 
 @triton.jit
 def decays(decay_ptr, row, stride, there):
-    """(G, sum) of the block's log decays g, G_t = sum of g up to t. A masked token does not decay the state.
+    """(G, sum) of the block's log decays g, G_t = sum of g up to t, in float64. A masked token does not decay the state.
 
-    Beneath the bound e^g is 0 anyway; differences of G keep their digits, and -inf is no NaN."""
+    Beneath the bound e^g is 0 anyway, and -inf is no NaN."""
     g = tl.load(decay_ptr + row * stride, mask=there, other=0.0)
     lowest: tl.constexpr = -800.0 if g.dtype == tl.float64 else -120.0
-    g = tl.where(g < lowest, lowest, g)
+    g = tl.where(g < lowest, lowest, g).to(tl.float64)
     return tl.cumsum(g, 0), tl.sum(g, 0)
+
+
+@triton.jit
+def decays_between(late, early, where, dtype: tl.constexpr):
+    """e^(late - early) [rows of late, rows of early] of what `decays` gave, 1 elsewhere.
+
+    As high and low parts: differences of float32 would lose digits, those of float64 are slow on most GPUs."""
+    late_high, early_high = late.to(dtype), early.to(dtype)
+    late_low, early_low = (late - late_high.to(tl.float64)).to(dtype), (early - early_high.to(tl.float64)).to(dtype)
+    exponent = (late_high[:, None] - early_high[None, :]) + (late_low[:, None] - early_low[None, :])
+    return tl.exp(tl.where(where, exponent, 0.0))
 
 
 @triton.jit
