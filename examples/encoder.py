@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import zlib
+from collections.abc import Iterator
 from functools import cache
 
 import torch
@@ -34,6 +35,17 @@ def pad(rows: list[Tensor]) -> tuple[Tensor, Tensor]:
     lengths = torch.tensor([len(row) for row in rows])
     padded = pad_sequence(rows, batch_first=True)
     return padded, torch.arange(padded.shape[1]) < lengths[:, None]
+
+
+def random_batches(count: int, batch_size: int, steps: int, seed: int) -> Iterator[list[int]]:
+    """`steps` batches of the numbers below `count`, all of them in one random order after the other."""
+    generator = torch.Generator().manual_seed(seed)
+    order: list[int] = []
+    for _ in range(steps):
+        while len(order) < batch_size:
+            order += torch.randperm(count, generator=generator).tolist()
+        yield order[:batch_size]
+        del order[:batch_size]
 
 
 class Encoder(nn.Module):

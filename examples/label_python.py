@@ -54,7 +54,7 @@ class Size:
 
 
 FULL = Size(files=200, steps=400, compared_steps=12)
-QUICK = Size(files=30, steps=60, compared_steps=5)
+QUICK = Size(files=30, steps=60, compared_steps=4)
 PALETTE = ("cyan", "green", "yellow", "blue", "magenta", "red", "bright_cyan", "bright_green")
 
 

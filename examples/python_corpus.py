@@ -306,14 +306,18 @@ def read_source(path: Path) -> list[Sentence]:
     return [cut(file, start, stop) for start, stop in sentence_bounds(file)]
 
 
-def standard_library(seed: int, max_files: int) -> list[list[Sentence]]:
-    """Labelled sentences of up to `max_files` files, the same ones for the same seed."""
+def library_paths(draw: random.Random) -> list[Path]:
     root = Path(sysconfig.get_paths()["stdlib"])
     paths = sorted(path for path in root.rglob("*.py") if not SKIPPED_FOLDERS & set(path.relative_to(root).parts))
-    draw = random.Random(seed)
     draw.shuffle(paths)
+    return paths
+
+
+def standard_library(seed: int, max_files: int) -> list[list[Sentence]]:
+    """Labelled sentences of up to `max_files` files, the same ones for the same seed."""
+    draw = random.Random(seed)
     files = []
-    for path in paths:
+    for path in library_paths(draw):
         if len(files) == max_files:
             break
         try:

@@ -5,12 +5,11 @@ from __future__ import annotations
 import ast
 import random
 import re
-import sysconfig
 import tokenize
 from collections.abc import Iterator
 from pathlib import Path
 
-from python_corpus import SKIPPED_FOLDERS
+from python_corpus import library_paths
 from relation_texts import TOKEN, Text, make_text
 from sentences import InputError
 
@@ -134,7 +133,7 @@ def read_source_texts(path: Path) -> list[Text]:
             texts = source_texts(stream.read(), str(path))
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from error
-    except (SyntaxError, UnicodeDecodeError, ValueError) as error:
+    except (SyntaxError, ValueError, RecursionError) as error:
         raise InputError(f"{path} is not Python source: {error}") from error
     if not texts:
         raise InputError(f"{path} is empty")
@@ -143,11 +142,8 @@ def read_source_texts(path: Path) -> list[Text]:
 
 def library_texts(seed: int, max_files: int) -> list[list[Text]]:
     """Texts of up to `max_files` files of the standard library, the same ones for the same seed."""
-    root = Path(sysconfig.get_paths()["stdlib"])
-    paths = sorted(path for path in root.rglob("*.py") if not SKIPPED_FOLDERS & set(path.relative_to(root).parts))
-    random.Random(seed).shuffle(paths)
     files = []
-    for path in paths:
+    for path in library_paths(random.Random(seed)):
         if len(files) == max_files:
             break
         try:

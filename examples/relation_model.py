@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from encoder import WIDTH, Encoder, encode_words, pad
+from encoder import WIDTH, Encoder, encode_words, pad, random_batches
 from relation_texts import Text, Triple
-from tagger import read_checkpoint
+from tagger import number, read_checkpoint
 from torch import Tensor, nn
 
 from fastnlp_ops import GlobalPointer, gplinker_decode
@@ -57,16 +57,9 @@ def encode(texts: list[Text], relations: list[str]) -> list[Example]:
 
 def batches(examples: list[Example], batch_size: int, steps: int, seed: int) -> Iterator[Batch]:
     """`steps` batches of the examples in random order, the same ones for the same seed."""
-    generator = torch.Generator().manual_seed(seed)
-    order: list[int] = []
-    for _ in range(steps):
-        while len(order) < batch_size:
-            order += torch.randperm(len(examples), generator=generator).tolist()
-        features, *labels = zip(*(examples[i] for i in order[:batch_size]), strict=True)
-        del order[:batch_size]
-        # The number of the text goes before each label.
-        numbered = (torch.cat([nn.functional.pad(rows, (1, 0), value=i) for i, rows in enumerate(x)]) for x in labels)
-        yield Batch(*pad(list(features)), *numbered)
+    for chosen in random_batches(len(examples), batch_size, steps, seed):
+        features, *labels = zip(*(examples[i] for i in chosen), strict=True)
+        yield Batch(*pad(list(features)), *map(number, labels))
 
 
 class Extractor(nn.Module):

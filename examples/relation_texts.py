@@ -96,7 +96,7 @@ def read_texts(path: Path, *, labelled: bool = True) -> list[Text]:
         where = f"{path}:{number}"
         try:
             record = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise InputError(f"{where}: the line is not JSON: {error}") from error
         if not isinstance(record, dict):
             raise InputError(f"{where}: the line is no JSON object: {shown(record)}")
@@ -105,6 +105,8 @@ def read_texts(path: Path, *, labelled: bool = True) -> list[Text]:
                 raise InputError(f'{where}: the line has no "{key}"')
         if not isinstance(record["text"], str):
             raise InputError(f'{where}: "text" must be a string, got {shown(record["text"])}')
+        if re.search("[\ud800-\udfff]", record["text"]):
+            raise InputError(f'{where}: "text" has half of a surrogate pair, which is no character')
         texts.append(make_text(record["text"], record["triples"] if labelled else [], where))
     if not texts:
         raise InputError(f"{path} is empty")

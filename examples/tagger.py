@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from encoder import WIDTH, Encoder, encode_words, pad
+from encoder import WIDTH, Encoder, encode_words, pad, random_batches
 from sentences import InputError, Sentence, Span
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
@@ -61,17 +61,15 @@ def encode(sentences: list[Sentence], labels: Labels) -> list[Example]:
 
 def batches(examples: list[Example], batch_size: int, steps: int, seed: int) -> Iterator[Batch]:
     """`steps` batches of the examples in random order, the same ones for the same seed."""
-    generator = torch.Generator().manual_seed(seed)
-    order: list[int] = []
-    for _ in range(steps):
-        while len(order) < batch_size:
-            order += torch.randperm(len(examples), generator=generator).tolist()
-        chosen = [examples[i] for i in order[:batch_size]]
-        del order[:batch_size]
-        features, mask = pad([example.features for example in chosen])
-        tags = pad_sequence([example.tags for example in chosen], batch_first=True)
-        spans = torch.cat([nn.functional.pad(example.spans, (1, 0), value=i) for i, example in enumerate(chosen)])
-        yield Batch(features, tags, spans, mask)
+    for chosen in random_batches(len(examples), batch_size, steps, seed):
+        rows, tags, spans = zip(*(examples[i] for i in chosen), strict=True)
+        features, mask = pad(list(rows))
+        yield Batch(features, pad_sequence(list(tags), batch_first=True), number(spans), mask)
+
+
+def number(labels: Sequence[Tensor]) -> Tensor:
+    """Labels [M, 3] of several texts as one [M, 4], the number of the text before each."""
+    return torch.cat([nn.functional.pad(rows, (1, 0), value=i) for i, rows in enumerate(labels)])
 
 
 class PlainCRF(nn.Module):

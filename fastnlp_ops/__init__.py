@@ -16,6 +16,7 @@ from fastnlp_ops._ops import global_pointer as _global_pointer  # noqa: E402, F4
 from fastnlp_ops._ops import linear_attention as _linear_attention  # noqa: E402, F401
 from fastnlp_ops._ops import memm as _memm  # noqa: E402, F401
 from fastnlp_ops._ops import multilabel as _multilabel  # noqa: E402, F401
+from fastnlp_ops.compilation import warmup  # noqa: E402
 from fastnlp_ops.crf import (  # noqa: E402
     crf_entropy,
     crf_log_likelihood,
@@ -80,4 +81,5 @@ __all__ = [
     "sparse_multilabel_categorical_crossentropy",
     "tags_to_spans",
     "transition_mask",
+    "warmup",
 ]

@@ -1,7 +1,10 @@
 """`python -m fastnlp_ops`: the kernel that each op runs on each device, and the versions that a bug report needs."""
 
+import importlib.util
+import os
 import platform
 import re
+import shutil
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -32,6 +35,15 @@ def kernel(op: str, device: str) -> str:
     return f"C++ {_host.cpu_features()}" if device == "cpu" else "CUDA C++"
 
 
+def triton_kernels() -> str:
+    """What stands in the way of the ops that run on Triton."""
+    if importlib.util.find_spec("triton") is None:
+        return "none: triton is not installed"
+    if "CC" not in os.environ and not any(map(shutil.which, ("gcc", "clang"))):
+        return "none: triton needs a C compiler at first use, gcc or clang"
+    return "compiled at first use, or by fastnlp_ops.warmup()"
+
+
 def versions() -> list[tuple[str, str]]:
     """Name and version of everything that decides what runs."""
     rows = [("fastnlp_ops", fastnlp_ops.__version__), ("python", platform.python_version())]
@@ -45,6 +57,7 @@ def versions() -> list[tuple[str, str]]:
         rows.append(("CUDA kernels", "not built: no nvcc was found"))
     else:
         rows.append(("CUDA kernels", "loaded" if torch.version.cuda else "built, not loaded: this torch has no CUDA"))
+    rows.append(("Triton kernels", triton_kernels()))
     for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
         properties = torch.cuda.get_device_properties(index)
         driver = torch._C._cuda_getDriverVersion()  # type: ignore[attr-defined]  # absent without CUDA

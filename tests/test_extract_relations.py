@@ -140,6 +140,8 @@ GOOD = line()
         ('{"triples": []}', GOOD, '{train}:1: the line has no "text"'),
         ('{"text": "a"}', GOOD, '{train}:1: the line has no "triples"'),
         ('{"text": 1, "triples": []}', GOOD, '{train}:1: "text" must be a string, got 1'),
+        ("[" * 10**5, GOOD, "{train}:1: the line is not JSON: "),
+        (line("\ud800", []), GOOD, '{train}:1: "text" has half of a surrogate pair, which is no character'),
         (line(" ", []), GOOD, "{train}:1: the text is empty"),
         (line(triples={}), GOOD, '{train}:1: "triples" must be a list, got {}'),
         (line(triples=[["a", "b"]]), GOOD, '{train}:1: a triple is [subject, predicate, object], got ["a", "b"]'),

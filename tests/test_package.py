@@ -188,6 +188,14 @@ def test_op_is_whole(op):
     assert formula or op in NO_GRADIENT, "no autograd: gradients would be None with only a warning"
 
 
+def test_warmup(device):
+    if device.type == "cpu":
+        with pytest.raises(RuntimeError, match="^warmup compiles for the current GPU, and torch sees none$"):
+            fastnlp_ops.warmup()
+    else:
+        assert fastnlp_ops.warmup(dtypes=[torch.bfloat16]) is None
+
+
 def test_report():
     result = run(sys.executable, "-m", "fastnlp_ops")
     assert result.returncode == 0, result.stderr

@@ -107,7 +107,7 @@ FASTNLP_INLINE double sum_of(Simd<double>::V v) { return (v[0] + v[2]) + (v[1] +
 // tests/test_simd.py walks through.
 FASTNLP_INLINE Simd<float>::V exponential(Simd<float>::V x) {
   using V = Simd<float>::V;
-  using I = Simd<float>::I;
+  typedef uint32_t U __attribute__((vector_size(32)));
   const V round = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer in the low mantissa bits
   const V shifted = x * splat(1.44269504088896341f) + round;
   const V n = shifted - round;
@@ -120,7 +120,7 @@ FASTNLP_INLINE Simd<float>::V exponential(Simd<float>::V x) {
   y = y * r + splat(1.6666665459e-1f);
   y = y * r + splat(5.0000001201e-1f);
   y = y * (r * r) + r + splat(1.0f);
-  const V power = (V)(((I)shifted << 23) + 0x3f800000);  // 2^n; the product is exact, and NaN where y is
+  const V power = (V)(((U)shifted << 23) + 0x3f800000u);  // 2^n; the product is exact, and NaN where y is
   return x < splat(-87.3f) ? V{} : y * power;
 }
 

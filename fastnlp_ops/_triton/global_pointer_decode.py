@@ -12,7 +12,6 @@ from fastnlp_ops._triton.global_pointer_tiles import (
     SIZES,
     dot_products,
     far_blocks,
-    load_block,
     place,
     tokens,
     valid_cells,
@@ -40,18 +39,20 @@ def global_pointer_decode_kernel(
     groups,
     blocks,
     max_span_length,
-    scale: "fp64",
-    threshold: "fp64",
+    scale: tl.float64,
+    threshold: tl.float64,
     TRIL: tl.constexpr,
     BAND: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK: tl.constexpr,
     D: tl.constexpr,
+    DEPTH: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     block, _, pair, b, first_head = place(blocks, groups, shared_heads, GROUP)
     near, near_there = tokens(block, b, mask_ptr, n, BLOCK)
-    x = load_block(near_ptr + pair * padded * D, block, BLOCK, D)
+    near_ptr += pair * padded * D
+    far_ptr += pair * padded * D
     begin, end = far_blocks(block, extents_ptr, b, n, max_span_length, True, TRIL, BAND, BLOCK)
     for h in range(first_head, tl.minimum(first_head + GROUP, heads)):
         row = (b * heads + h) * n + near
@@ -62,28 +63,25 @@ def global_pointer_decode_kernel(
             limit = tl.load(offsets_ptr + row + 1, mask=near < n, other=0)
         for other in range(begin, end):
             far, far_there = tokens(other, b, mask_ptr, n, BLOCK)
-            valid = valid_cells(near, near_there, far, far_there, max_span_length, True, TRIL, BAND)
-            y = load_block(far_ptr + pair * padded * D, other, BLOCK, D)
-            products = dot_products(x, y, scale, PRECISION)
+            products = dot_products(near_ptr, block, far_ptr, other, scale, BLOCK, D, DEPTH, PRECISION)
             scores = with_biases(
-                products, near_bias_ptr, far_bias_ptr, b, h, n, heads, near, near_there, far, far_there
+                products, near_bias_ptr, far_bias_ptr, b, block, near_there, other, far_there, h, n, heads, BLOCK
             )
+            valid = valid_cells(near, near_there, far, far_there, max_span_length, True, TRIL, BAND)
             hit = (valid & (scores > tl.full((), threshold, scores.dtype))).to(tl.int32)
-            if offsets_ptr is None:
-                found += tl.sum(hit, 1)
-            else:
-                in_row = tl.sum(hit, 1)
+            in_row = tl.sum(hit, 1)
+            if offsets_ptr is not None:
                 if tl.max(in_row, 0) > 0:
-                    index = found[:, None] + tl.cumsum(hit, 1) - 1
+                    rank = tl.cumsum(hit, 1) - hit
                     # Both passes compute the same scores; whatever they did, nothing is written past a row's end.
-                    filled = (hit != 0) & (index < limit[:, None])
-                    target = spans_ptr + index * 4
-                    tl.store(target, (b + tl.zeros_like(index)), mask=filled)
-                    tl.store(target + 1, (h + tl.zeros_like(index)), mask=filled)
-                    tl.store(target + 2, near[:, None] + tl.zeros_like(index), mask=filled)
-                    tl.store(target + 3, far[None, :] + tl.zeros_like(index), mask=filled)
-                    tl.store(scores_ptr + index, scores, mask=filled)
-                found += in_row
+                    filled = (hit != 0) & (rank < (limit - found)[:, None])
+                    target = (spans_ptr + found * 4)[:, None] + rank * 4
+                    tl.store(target, b, mask=filled)
+                    tl.store(target + 1, h, mask=filled)
+                    tl.store(target + 2, near[:, None], mask=filled)
+                    tl.store(target + 3, far[None, :], mask=filled)
+                    tl.store((scores_ptr + found)[:, None] + rank, scores, mask=filled)
+            found += in_row
         if offsets_ptr is None:
             tl.store(counts_ptr + row, found, mask=near < n)
 
@@ -94,11 +92,10 @@ def global_pointer_decode(
     start_bias: Tensor | None,
     end_bias: Tensor | None,
     *options: Any,
-    block: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(spans int64 [M, 4], scores [M]). Counted, then written: the host waits once, for M."""
-    *options, threshold = options
-    call = Call(q, start_bias, *options, block=block)
+    *cells, threshold = options
+    call = Call("decode", q, start_bias, *cells)
     offsets = torch.zeros(call.B * call.H * call.n + 1, dtype=torch.int64, device=q.device)
     spans = torch.empty(0, 4, dtype=torch.int64, device=q.device)
     scores = torch.empty(0, dtype=call.compute, device=q.device)
@@ -106,7 +103,8 @@ def global_pointer_decode(
         return spans, scores
     with guard(q):
         # No contraction of products and sums: the two passes are two programs, which must agree to the bit.
-        arguments = {**call.prepare(q, k, start_bias, end_bias).arguments(), "threshold": threshold, "fusion": False}
+        prepared = call.prepare(q, k, start_bias, end_bias)
+        arguments = {**prepared.arguments(), "threshold": threshold, "enable_fp_fusion": False}
         counts = torch.empty(call.B * call.H * call.n, dtype=torch.int32, device=q.device)
         places = dict.fromkeys(("offsets_ptr", "spans_ptr", "scores_ptr"))
         call.launch(global_pointer_decode_kernel, call.blocks, counts_ptr=counts, **places, **arguments)

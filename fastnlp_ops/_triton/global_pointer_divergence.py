@@ -13,7 +13,6 @@ from fastnlp_ops._triton.global_pointer_tiles import (
     SIZES,
     counts,
     dot_products,
-    load_block,
     place,
     place_of_tile,
     tokens,
@@ -45,12 +44,13 @@ def global_pointer_divergence_kernel(
     tiles,
     width,
     max_span_length,
-    scale: "fp64",
+    scale: tl.float64,
     TRIL: tl.constexpr,
     BAND: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK: tl.constexpr,
     D: tl.constexpr,
+    DEPTH: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     tile, _, pair, b, first_head = place(tiles, groups, shared_heads, GROUP)
@@ -63,17 +63,18 @@ def global_pointer_divergence_kernel(
         return
     near, near_there = tokens(start, b, mask_ptr, n, BLOCK)
     far, far_there = tokens(end, b, mask_ptr, n, BLOCK)
+    at_pair = pair * padded * D
+    products = dot_products(near_ptr + at_pair, start, far_ptr + at_pair, end, scale, BLOCK, D, DEPTH, PRECISION)
+    other = dot_products(
+        other_near_ptr + at_pair, start, other_far_ptr + at_pair, end, scale, BLOCK, D, DEPTH, PRECISION
+    )
     valid = valid_cells(near, near_there, far, far_there, max_span_length, True, TRIL, BAND)
-    x = load_block(near_ptr + pair * padded * D, start, BLOCK, D)
-    y = load_block(far_ptr + pair * padded * D, end, BLOCK, D)
-    products = dot_products(x, y, scale, PRECISION)
-    x = load_block(other_near_ptr + pair * padded * D, start, BLOCK, D)
-    y = load_block(other_far_ptr + pair * padded * D, end, BLOCK, D)
-    other = dot_products(x, y, scale, PRECISION)
     for h in range(first_head, last_head):
-        s1 = with_biases(products, near_bias_ptr, far_bias_ptr, b, h, n, heads, near, near_there, far, far_there)
+        s1 = with_biases(
+            products, near_bias_ptr, far_bias_ptr, b, start, near_there, end, far_there, h, n, heads, BLOCK
+        )
         s2 = with_biases(
-            other, other_near_bias_ptr, other_far_bias_ptr, b, h, n, heads, near, near_there, far, far_there
+            other, other_near_bias_ptr, other_far_bias_ptr, b, start, near_there, end, far_there, h, n, heads, BLOCK
         )
         cells = tl.where(valid, (tl.sigmoid(s1) - tl.sigmoid(s2)) * (s1 - s2), 0.0)
         tl.store(partials_ptr + h * tiles, tl.sum(tl.sum(cells, 1), 0))
@@ -89,10 +90,9 @@ def global_pointer_divergence(
     start_bias2: Tensor | None,
     end_bias2: Tensor | None,
     *options: Any,
-    block: int | None = None,
 ) -> Tensor:
     """[B, H]"""
-    call = Call(q1, start_bias1, *options, block=block)
+    call = Call("divergence", q1, start_bias1, *options)
     check((start_bias1 is None) == (start_bias2 is None), "start_bias1 and start_bias2 must be given together")
     if call.empty:
         return call.rows()
@@ -123,10 +123,9 @@ def global_pointer_divergence_backward(
     start_bias2: Tensor | None,
     end_bias2: Tensor | None,
     *options: Any,
-    block: int | None = None,
 ) -> tuple[Tensor, ...]:
     """(dq1, dk1, dstart_bias1, dend_bias1, dq2, dk2, dstart_bias2, dend_bias2). Each pass moves in turn."""
-    call = Call(q1, start_bias1, *options, block=block, backward=True)
+    call = Call("divergence_backward", q1, start_bias1, *options)
     check((start_bias1 is None) == (start_bias2 is None), "start_bias1 and start_bias2 must be given together")
     check_tensor("ddivergence", ddivergence, (call.B, call.H), call.compute, q1)
     if call.empty:

@@ -6,17 +6,16 @@ A program owns a block of near tokens and walks along the far blocks in order: n
 What the ops differ in is dscores, which a tile computes anew from its products.
 """
 
-from __future__ import annotations
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastnlp_ops._triton.global_pointer_labels import label_range, listed_cells
+from fastnlp_ops._triton.global_pointer_labels import label_range, take_listed
 from fastnlp_ops._triton.global_pointer_spans import Call, Prepared
 from fastnlp_ops._triton.global_pointer_tiles import (
     SIZES,
+    dot_product,
     dot_products,
     far_blocks,
     load_block,
@@ -30,8 +29,7 @@ from fastnlp_ops._triton.rotation import cos_sin, rotate
 
 @triton.jit
 def _dscores_of_loss(
-    scores,
-    valid,
+    scores,  # -inf where a cell is not valid
     dloss_ptr,
     log_negative_ptr,
     log_positive_ptr,
@@ -48,16 +46,16 @@ def _dscores_of_loss(
     START: tl.constexpr,
 ):
     dloss = tl.load(dloss_ptr + row)
-    dscores = tl.where(valid, tl.exp(scores - tl.load(log_negative_ptr + row)) * dloss, 0.0)
+    log_negative = tl.load(log_negative_ptr + row)
     begin, end = label_range(ranges_ptr, row * blocks + start_block, rows * blocks, False)
     apart_begin, apart_end = label_range(ranges_ptr, row * blocks + start_block, rows * blocks, True)
     if (begin < end) | (apart_begin < apart_end):
-        positive = listed_cells(cells_ptr, begin, end, row, starts, ends, first_end, n, START, False)
-        apart = listed_cells(cells_ptr, apart_begin, apart_end, row, starts, ends, first_end, n, START, True)
-        dpositive = tl.exp(-scores - tl.load(log_positive_ptr + row)) * -dloss
-        dscores = tl.where(valid & positive, dpositive, dscores)
-        dscores = tl.where(apart, 0.0, dscores)
-    return dscores
+        scores = take_listed(scores, cells_ptr, apart_begin, apart_end, row, starts, ends, first_end, n, START, True)[0]
+        scores, positive = take_listed(scores, cells_ptr, begin, end, row, starts, ends, first_end, n, START, False)
+        dscores = tl.exp(scores - log_negative) - tl.exp(-positive - tl.load(log_positive_ptr + row))
+    else:
+        dscores = tl.exp(scores - log_negative)
+    return dscores * dloss
 
 
 @triton.jit
@@ -72,7 +70,8 @@ def _add_product(dnear, dscores, far, PRECISION: tl.constexpr):
     """dnear + dscores . far. bfloat16 rounds dscores; float16, which would underflow, goes through TF32 instead."""
     if far.dtype == tl.float16:
         return tl.dot(dscores, far.to(tl.float32), dnear, input_precision="tf32")
-    return tl.dot(dscores.to(far.dtype), far, dnear, input_precision=PRECISION)
+    else:
+        return tl.dot(dscores.to(far.dtype), far, dnear, input_precision=PRECISION)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -107,8 +106,8 @@ def global_pointer_gradient_kernel(
     groups,
     blocks,
     max_span_length,
-    scale: fp64,
-    dscale: fp64,
+    scale: tl.float64,
+    dscale: tl.float64,
     KIND: tl.constexpr,
     START: tl.constexpr,
     ROPE: tl.constexpr,
@@ -118,42 +117,81 @@ def global_pointer_gradient_kernel(
     BLOCK: tl.constexpr,
     SIZE: tl.constexpr,
     D: tl.constexpr,
+    DEPTH: tl.constexpr,
+    CHANNELS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    block, group, pair, b, first_head = place(blocks, groups, shared_heads, GROUP)
+    index, group, pair, b, first_head = place(blocks * (D // CHANNELS), groups, shared_heads, GROUP)
+    block = index % blocks
+    first_channel = index // blocks * CHANNELS
     dtype: tl.constexpr = tl.float64 if near_ptr.dtype.element_ty == tl.float64 else tl.float32
     if GROUP == 1:
         count = 1  # a constant, so that the loop over heads vanishes and the one around it is pipelined
     else:
         count = tl.minimum(GROUP, heads - first_head)
+    lane = tl.arange(0, BLOCK)
     near, near_there = tokens(block, b, mask_ptr, n, BLOCK)
-    x = load_block(near_ptr + pair * padded * D, block, BLOCK, D)
-    if KIND == "divergence":
-        other_x = load_block(other_near_ptr + pair * padded * D, block, BLOCK, D)
-    dnear = tl.zeros([BLOCK, D], dtype)
+    at_pair = pair * padded * D
+    if DEPTH == D:
+        x = load_block(near_ptr + at_pair, block, 0, BLOCK, D, D)
+        if KIND == "divergence":
+            other_x = load_block(other_near_ptr + at_pair, block, 0, BLOCK, D, D)
+    dnear = tl.zeros([BLOCK, CHANNELS], dtype)
     dbias = tl.zeros([BLOCK, GROUP], dtype)
     begin, end = far_blocks(block, extents_ptr, b, n, max_span_length, START, TRIL, BAND, BLOCK)
     for far_block in range(begin, end):
         far, far_there = tokens(far_block, b, mask_ptr, n, BLOCK)
-        valid = valid_cells(near, near_there, far, far_there, max_span_length, START, TRIL, BAND)
-        y = load_block(far_ptr + pair * padded * D, far_block, BLOCK, D)
+        y = load_block(far_ptr + at_pair, far_block, first_channel, BLOCK, D, CHANNELS)
         if KIND != "scores":
-            products = dot_products(x, y, scale, PRECISION)
+            if DEPTH == D:  # what a program keeps, and what it loads anyway
+                products = dot_product(x, y, scale, PRECISION)
+            else:
+                products = dot_products(
+                    near_ptr + at_pair, block, far_ptr + at_pair, far_block, scale, BLOCK, D, DEPTH, PRECISION
+                )
         if KIND == "divergence":
-            other_y = load_block(other_far_ptr + pair * padded * D, far_block, BLOCK, D)
-            other_products = dot_products(other_x, other_y, scale, PRECISION)
+            if DEPTH == D:
+                other_y = load_block(other_far_ptr + at_pair, far_block, 0, BLOCK, D, D)
+                other_products = dot_product(other_x, other_y, scale, PRECISION)
+            else:
+                other_products = dot_products(
+                    other_near_ptr + at_pair,
+                    block,
+                    other_far_ptr + at_pair,
+                    far_block,
+                    scale,
+                    BLOCK,
+                    D,
+                    DEPTH,
+                    PRECISION,
+                )
+        valid = valid_cells(near, near_there, far, far_there, max_span_length, START, TRIL, BAND)
+        if KIND == "loss":
+            products = tl.where(valid, products, float("-inf"))
         total = tl.zeros([BLOCK, BLOCK], dtype)
         for i in range(count):
             h = first_head + i
             row = b * heads + h
             if KIND == "scores":
                 source = upstream_ptr + b * upstream_stride_b + h * upstream_stride_h
-                rows = near.to(tl.int64)[:, None] * upstream_stride_near
-                columns = far.to(tl.int64)[None, :] * upstream_stride_far
-                dscores = tl.load(source + rows + columns, mask=valid, other=0.0).to(dtype)
+                source += tl.full((), BLOCK, tl.int64) * block * upstream_stride_near
+                source += tl.full((), BLOCK, tl.int64) * far_block * upstream_stride_far
+                places = lane[:, None] * upstream_stride_near + lane[None, :] * upstream_stride_far
+                dscores = tl.load(source + places, mask=valid, other=0.0).to(dtype)
             else:
                 scores = with_biases(
-                    products, near_bias_ptr, far_bias_ptr, b, h, n, heads, near, near_there, far, far_there
+                    products,
+                    near_bias_ptr,
+                    far_bias_ptr,
+                    b,
+                    block,
+                    near_there,
+                    far_block,
+                    far_there,
+                    h,
+                    n,
+                    heads,
+                    BLOCK,
                 )
             if KIND == "divergence":
                 other_scores = with_biases(
@@ -161,13 +199,14 @@ def global_pointer_gradient_kernel(
                     other_near_bias_ptr,
                     other_far_bias_ptr,
                     b,
+                    block,
+                    near_there,
+                    far_block,
+                    far_there,
                     h,
                     n,
                     heads,
-                    near,
-                    near_there,
-                    far,
-                    far_there,
+                    BLOCK,
                 )
                 dscores = _dscores_of_divergence(scores, other_scores, valid, tl.load(upstream_ptr + row))
             if KIND == "loss":
@@ -177,7 +216,6 @@ def global_pointer_gradient_kernel(
                     starts, ends, start_block, end_block = far, near, far_block, block
                 dscores = _dscores_of_loss(
                     scores,
-                    valid,
                     upstream_ptr,
                     log_negative_ptr,
                     log_positive_ptr,
@@ -198,23 +236,29 @@ def global_pointer_gradient_kernel(
                 dbias += tl.where(here[None, :], tl.sum(dscores, 1)[:, None], 0.0)
             total += dscores
         dnear = _add_product(dnear, total, y, PRECISION)
-    # The end: turned back and scaled; biases have neither rotation nor scale.
+    # Whatever stood in the sums, masked tokens have no part in it.
+    dnear = tl.where(near_there[:, None], dnear, 0.0)
+    dbias = tl.where(near_there[:, None], dbias, 0.0)
+    # Turned back and scaled; biases have neither rotation nor scale.
     if ROPE:
         if positions_ptr is None:
             position = near
         else:
             position = tl.load(positions_ptr + b * n + near, mask=near < n, other=0)
-        cos, sin = cos_sin(position, SIZE, D, dtype)
+        cos, sin = cos_sin(position, first_channel, SIZE, CHANNELS, dtype)
         dnear = rotate(dnear, cos, -sin)
     dnear = (dnear * tl.full((), dscale, dtype)).to(dnear_ptr.dtype.element_ty)
-    channel = tl.arange(0, D)
-    target = dnear_ptr + (((group.to(tl.int64) * batch + b) * n + near) * shared_heads + pair % shared_heads) * SIZE
-    tl.store(target[:, None] + channel[None, :], dnear, mask=(near < n)[:, None] & (channel < SIZE)[None, :])
+    channel = first_channel + tl.arange(0, CHANNELS)
+    place_of_block = (group.to(tl.int64) * batch + b) * n + block * BLOCK
+    target = dnear_ptr + (place_of_block * shared_heads + pair % shared_heads) * SIZE
+    filled = (near < n)[:, None] & (channel < SIZE)[None, :]
+    tl.store(target + lane[:, None] * (shared_heads * SIZE) + channel[None, :], dnear, mask=filled)
     if dbias_ptr is not None:
-        head = first_head + tl.arange(0, GROUP)
-        target = dbias_ptr + (b * n + near[:, None]) * heads + head[None, :]
-        filled = (near < n)[:, None] & (head < heads)[None, :]
-        tl.store(target, dbias.to(dbias_ptr.dtype.element_ty), mask=filled)
+        column = tl.arange(0, GROUP)
+        target = dbias_ptr + (b * n + block * BLOCK) * heads + first_head
+        rows = tl.where(first_channel == 0, n, 0)  # one of the programs of a block writes
+        filled = (near < rows)[:, None] & (first_head + column < heads)[None, :]
+        tl.store(target + lane[:, None] * heads + column[None, :], dbias.to(dbias_ptr.dtype.element_ty), mask=filled)
 
 
 def gradients(
@@ -235,7 +279,7 @@ def gradients(
             dbias = torch.empty(call.B, call.n, call.H, dtype=call.dtype, device=call.device)
         call.launch(
             global_pointer_gradient_kernel,
-            call.blocks,
+            call.blocks * (call.D // call.channels),
             **own.arguments(start),
             **(no_other if other is None else other.arguments(start, "other_")),
             **(dict.fromkeys(names) | of_loss),
@@ -252,6 +296,7 @@ def gradients(
             START=start,
             ROPE=call.rope,
             SIZE=call.d,
+            CHANNELS=call.channels,
         )
         found.append(dnear[0] if call.groups == 1 else dnear.sum(0).to(call.dtype))
         biases.append(torch.empty(0, dtype=call.dtype, device=call.device) if dbias is None else dbias)

@@ -59,10 +59,10 @@ def label_range(ranges_ptr, place, places, APART: tl.constexpr):
 
 
 @triton.jit
-def listed_cells(
-    cells_ptr, begin, end, row, starts, ends, first_end, n, STARTS_NEAR: tl.constexpr, APART: tl.constexpr
+def take_listed(
+    scores, cells_ptr, begin, end, row, starts, ends, first_end, n, STARTS_NEAR: tl.constexpr, APART: tl.constexpr
 ):
-    """Which cells of a tile are among cells[begin:end], bool [near, far].
+    """The scores [near, far] of a tile without those of cells[begin:end], -inf there; and these alone, inf elsewhere.
 
     row: b * H + h. starts, ends: the tokens of the tile's rows and columns. first_end: the first of `ends`.
     """
@@ -73,10 +73,7 @@ def listed_cells(
         low_key, high_key = -high_key, -low_key
     low = tl.zeros_like(token) + begin
     index = _lower_bound(cells_ptr, low, tl.zeros_like(token) + end, low_key, end - begin)
-    if STARTS_NEAR:
-        listed = (starts[:, None] < 0) & (ends[None, :] < 0)
-    else:
-        listed = (ends[:, None] < 0) & (starts[None, :] < 0)
+    taken = tl.full(scores.shape, float("inf"), scores.dtype)
     cell = tl.load(cells_ptr + index, mask=index < end, other=0)
     here = (index < end) & (cell < high_key)
     while tl.max(here.to(tl.int32), 0) > 0:  # as often as the row with the most labels in this tile has labels
@@ -86,13 +83,16 @@ def listed_cells(
             column = cell - token
         column = tl.where(here, column, -1).to(tl.int32)
         if STARTS_NEAR:
-            listed = listed | (column[:, None] == ends[None, :])
+            match = column[:, None] == ends[None, :]
         else:
-            listed = listed | (column[None, :] == ends[:, None])
+            match = column[None, :] == ends[:, None]
+        match = match & (scores != float("-inf"))  # not valid, or taken before
+        taken = tl.where(match, scores, taken)
+        scores = tl.where(match, float("-inf"), scores)
         index += 1
         cell = tl.load(cells_ptr + index, mask=index < end, other=0)
         here = (index < end) & (cell < high_key)
-    return listed
+    return scores, taken
 
 
 def label_ranges(cells: Tensor, rows: int, blocks: int, n: int, block: int) -> Tensor:

@@ -8,13 +8,12 @@ import triton.language as tl
 from torch import Tensor
 
 from fastnlp_ops._triton.global_pointer_gradients import gradients, no_gradients
-from fastnlp_ops._triton.global_pointer_labels import label_range, label_ranges, listed_cells
+from fastnlp_ops._triton.global_pointer_labels import label_range, label_ranges, take_listed
 from fastnlp_ops._triton.global_pointer_spans import Call, check_tensor, guard
 from fastnlp_ops._triton.global_pointer_tiles import (
     SIZES,
     counts,
     dot_products,
-    load_block,
     place,
     place_of_tile,
     tokens,
@@ -45,12 +44,13 @@ def global_pointer_loss_kernel(
     tiles,
     width,
     max_span_length,
-    scale: "fp64",
+    scale: tl.float64,
     TRIL: tl.constexpr,
     BAND: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK: tl.constexpr,
     D: tl.constexpr,
+    DEPTH: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     tile, _, pair, b, first_head = place(tiles, groups, shared_heads, GROUP)
@@ -63,25 +63,31 @@ def global_pointer_loss_kernel(
         return
     near, near_there = tokens(start, b, mask_ptr, n, BLOCK)
     far, far_there = tokens(end, b, mask_ptr, n, BLOCK)
+    near_ptr += pair * padded * D
+    far_ptr += pair * padded * D
+    products = dot_products(near_ptr, start, far_ptr, end, scale, BLOCK, D, DEPTH, PRECISION)
     valid = valid_cells(near, near_there, far, far_there, max_span_length, True, TRIL, BAND)
-    x = load_block(near_ptr + pair * padded * D, start, BLOCK, D)
-    y = load_block(far_ptr + pair * padded * D, end, BLOCK, D)
-    products = dot_products(x, y, scale, PRECISION)
+    products = tl.where(valid, products, float("-inf"))
     for h in range(first_head, last_head):
-        scores = with_biases(products, near_bias_ptr, far_bias_ptr, b, h, n, heads, near, near_there, far, far_there)
+        scores = with_biases(
+            products, near_bias_ptr, far_bias_ptr, b, start, near_there, end, far_there, h, n, heads, BLOCK
+        )
         row = b * heads + h
-        begin, end_ = label_range(ranges_ptr, row * blocks + start, batch * heads * blocks, False)
-        apart_begin, apart_end = label_range(ranges_ptr, row * blocks + start, batch * heads * blocks, True)
-        negative = valid
+        begin, finish = label_range(ranges_ptr, row * blocks + start, batch.to(tl.int64) * heads * blocks, False)
+        apart_begin, apart_finish = label_range(
+            ranges_ptr, row * blocks + start, batch.to(tl.int64) * heads * blocks, True
+        )
         positive_top = tl.full((), 0.0, products.dtype)
-        positive_total = positive_top
-        if (begin < end_) | (apart_begin < apart_end):
-            apart = listed_cells(cells_ptr, apart_begin, apart_end, row, near, far, end * BLOCK, n, True, True)
-            positive = listed_cells(cells_ptr, begin, end_, row, near, far, end * BLOCK, n, True, False)
-            negative = valid & (positive == 0) & (apart == 0)
-            positive = valid & positive & (apart == 0)
-            positive_top, positive_total = tile_log_sum_exp(tl.where(positive, -scores, float("-inf")))
-        top, total = tile_log_sum_exp(tl.where(negative, scores, float("-inf")))
+        positive_total = tl.full((), 0.0, products.dtype)
+        if (begin < finish) | (apart_begin < apart_finish):
+            scores = take_listed(
+                scores, cells_ptr, apart_begin, apart_finish, row, near, far, end * BLOCK, n, True, True
+            )[0]
+            scores, positive = take_listed(
+                scores, cells_ptr, begin, finish, row, near, far, end * BLOCK, n, True, False
+            )
+            positive_top, positive_total = tile_log_sum_exp(-positive)
+        top, total = tile_log_sum_exp(scores)
         target = partials_ptr + h * tiles * 4
         tl.store(target, top)
         tl.store(target + 1, total)
@@ -101,10 +107,9 @@ def global_pointer_loss(
     start_bias: Tensor | None,
     end_bias: Tensor | None,
     *options: Any,
-    block: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(log_negative, log_positive) [B, H]"""
-    call = Call(q, start_bias, *options, block=block)
+    call = Call("loss", q, start_bias, *options)
     cells = _checked(cells, q)
     if call.empty:
         return call.rows(), call.rows()
@@ -134,10 +139,9 @@ def global_pointer_loss_backward(
     start_bias: Tensor | None,
     end_bias: Tensor | None,
     *options: Any,
-    block: int | None = None,
 ) -> tuple[Tensor, ...]:
     """(dq, dk, dstart_bias, dend_bias)"""
-    call = Call(q, start_bias, *options, block=block, backward=True)
+    call = Call("loss_backward", q, start_bias, *options)
     cells = _checked(cells, q)
     rows = {"dloss": dloss, "log_negative": log_negative, "log_positive": log_positive}
     for name, x in rows.items():

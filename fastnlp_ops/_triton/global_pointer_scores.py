@@ -13,7 +13,6 @@ from fastnlp_ops._triton.global_pointer_tiles import (
     SIZES,
     counts,
     dot_products,
-    load_block,
     place,
     tokens,
     valid_cells,
@@ -39,12 +38,13 @@ def global_pointer_scores_kernel(
     blocks,
     max_span_length,
     row_stride,  # n, of which the compiler may know that 16 divides it
-    scale: "fp64",
+    scale: tl.float64,
     TRIL: tl.constexpr,
     BAND: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK: tl.constexpr,
     D: tl.constexpr,
+    DEPTH: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     tile, _, pair, b, first_head = place(blocks * blocks, groups, shared_heads, GROUP)
@@ -58,22 +58,25 @@ def global_pointer_scores_kernel(
     if TRIL:
         there = there & (start <= end)
     if there:
-        x = load_block(near_ptr + pair * padded * D, start, BLOCK, D)
-        y = load_block(far_ptr + pair * padded * D, end, BLOCK, D)
-        products = dot_products(x, y, scale, PRECISION)
+        near_ptr += pair * padded * D
+        far_ptr += pair * padded * D
+        products = dot_products(near_ptr, start, far_ptr, end, scale, BLOCK, D, DEPTH, PRECISION)
     inside = (near < n)[:, None] & (far < n)[None, :]
-    place_in_head = near.to(tl.int64)[:, None] * row_stride + far[None, :]
+    lane = tl.arange(0, BLOCK)
     for h in range(first_head, tl.minimum(first_head + GROUP, heads)):
-        scores = with_biases(products, near_bias_ptr, far_bias_ptr, b, h, n, heads, near, near_there, far, far_there)
+        scores = with_biases(
+            products, near_bias_ptr, far_bias_ptr, b, start, near_there, end, far_there, h, n, heads, BLOCK
+        )
         scores = tl.where(valid, scores, float("-inf")).to(scores_ptr.dtype.element_ty)
-        tl.store(scores_ptr + (b * heads + h) * n * row_stride + place_in_head, scores, mask=inside)
+        target = scores_ptr + ((b * heads + h) * n + start * BLOCK) * row_stride + end * BLOCK
+        tl.store(target + lane[:, None] * row_stride + lane[None, :], scores, mask=inside)
 
 
 def global_pointer_scores(
-    q: Tensor, k: Tensor, start_bias: Tensor | None, end_bias: Tensor | None, *options: Any, block: int | None = None
+    q: Tensor, k: Tensor, start_bias: Tensor | None, end_bias: Tensor | None, *options: Any
 ) -> Tensor:
     """[B, H, n, n]"""
-    call = Call(q, start_bias, *options, block=block)
+    call = Call("scores", q, start_bias, *options)
     scores = torch.empty(call.B, call.H, call.n, call.n, dtype=q.dtype, device=q.device)
     if call.empty:
         return scores
@@ -96,10 +99,9 @@ def global_pointer_scores_backward(
     start_bias: Tensor | None,
     end_bias: Tensor | None,
     *options: Any,
-    block: int | None = None,
 ) -> tuple[Tensor, ...]:
     """(dq, dk, dstart_bias, dend_bias)"""
-    call = Call(q, start_bias, *options, block=block, backward=True)
+    call = Call("scores_backward", q, start_bias, *options)
     check_tensor("dscores", dscores, (call.B, call.H, call.n, call.n), q.dtype, q)
     if call.empty:
         return no_gradients(q, k, start_bias, end_bias)

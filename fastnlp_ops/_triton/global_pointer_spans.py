@@ -1,11 +1,9 @@
 """One call of a GlobalPointer op as its kernels take it: sizes, options, and q and k prepared for tiles.
 
 q and k are rotated once per call and written to [B, Hq, padded, D]: padded to whole blocks and to a power of two of
-channels, zeros where tokens are masked, so that tiles are loaded without conditions. That takes one pass over q and k.
-To rotate in the tiles would do it again for each pair of blocks, and keep their loads from being fetched ahead.
+channels, zeros where tokens are masked, so that tiles are loaded without conditions. That reads and writes q and k
+once. To rotate in the tiles would do it again for each pair of blocks, and keep their loads from being fetched ahead.
 """
-
-from __future__ import annotations
 
 import contextlib
 import dataclasses
@@ -40,7 +38,7 @@ def global_pointer_prepare_kernel(
     k_stride_b,
     k_stride_n,
     k_stride_h,
-    shrink: fp64,
+    shrink: tl.float64,
     ROPE: tl.constexpr,
     SIZE: tl.constexpr,
     D: tl.constexpr,
@@ -63,7 +61,7 @@ def global_pointer_prepare_kernel(
             position = row
         else:
             position = tl.load(positions_ptr + b * n + row, mask=there, other=0)
-        cos, sin = cos_sin(position, SIZE, D, dtype)
+        cos, sin = cos_sin(position, 0, SIZE, D, dtype)
     factor = tl.full((), shrink, dtype)
     channel = tl.arange(0, D)
     filled = there[:, None] & (channel < SIZE)[None, :]
@@ -108,25 +106,35 @@ def check_tensor(name: str, x: Tensor | None, shape: tuple[int, ...], dtype: tor
         check(x.device == q.device, f"{name} must be on the device of q, {q.device}, got {x.device}")
 
 
-# The largest tile, and its warps, by bytes of an element and channels: forward, and gradients, which hold a second sum.
-_TILES = {
-    2: {64: ((128, 8), (64, 4)), 128: ((128, 8), (64, 4)), 256: ((64, 4), (64, 8))},
-    4: {64: ((64, 4), (64, 8)), 128: ((64, 8), (32, 4)), 256: ((32, 4), (32, 4))},
-    8: {64: ((32, 4), (32, 4)), 128: ((32, 4), (16, 4)), 256: ((16, 4), (16, 4))},
+# Up to how many channels the tiles of an op are 64 wide, and not 32: half precision, the same with heads that share q
+# and k, and float32. Read off what ptxas makes of the kernels: the widest that keep everything in registers.
+_WIDE = {
+    "scores": (256, 256, 256),
+    "scores_backward": (64, 0, 0),
+    "loss": (256, 256, 256),
+    "loss_backward": (128, 0, 0),
+    "divergence": (128, 0, 0),
+    "divergence_backward": (0, 0, 0),
+    "decode": (0, 0, 0),
 }
 
 
-def _tile(dtype: torch.dtype, n: int, channels: int, backward: bool) -> tuple[int, int]:
+def _tile(op: str, dtype: torch.dtype, n: int, channels: int, shared: bool) -> tuple[int, int]:
     """Tokens of a tile's side, and warps."""
-    block, warps = _TILES[dtype.itemsize][max(64, channels)][backward]
-    if n <= 2 * block:  # a short text would be mostly diagonal
-        block = min(block, 64)
+    half, half_shared, single = _WIDE[op]
+    wide = (half_shared if shared else half) if dtype.itemsize == 2 else 0 if shared else single
+    block = 64 if channels <= wide else 32
+    small = op == "divergence_backward" if dtype.itemsize == 2 else op.endswith("backward")
+    if dtype == torch.float64 or (shared and small):
+        block = 16
     block = max(16, min(block, triton.next_power_of_2(n)))
-    return block, warps if block >= 32 else 2
+    if op == "divergence_backward":  # holds the tiles of two passes
+        return block, 4 if block == 16 else 8
+    return block, 2 if block == 16 else 4
 
 
 def precision(dtype: torch.dtype) -> str:
-    """Of tl.dot: float32 as torch's matrix products have it, and as exact as float32 unless told otherwise."""
+    """What tl.dot makes of float32: as torch's matrix products, exact unless they were allowed TF32."""
     if dtype != torch.float32:
         return "ieee"
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3"
@@ -160,6 +168,7 @@ class Call:
 
     def __init__(
         self,
+        op: str,
         q: Tensor,
         start_bias: Tensor | None,
         mask: Tensor | None,
@@ -168,14 +177,12 @@ class Call:
         tril_mask: bool,
         max_span_length: int,
         scale: float,
-        block: int | None,
-        backward: bool = False,
     ) -> None:
         check(q.dim() == 4, f"q must be [B, n, H, d], got shape {tuple(q.shape)}")
         self.B, self.n, self.shared_heads, self.d = q.shape
         self.H = self.shared_heads if start_bias is None else start_bias.shape[-1]
         check(self.shared_heads in (1, self.H), f"q must have 1 or {self.H} heads, got {self.shared_heads}")
-        check(1 <= self.d <= 256, f"q must have 1 to 256 channels on CUDA, got {self.d}")
+        check(self.d > 0, f"q must have at least one channel, got shape {tuple(q.shape)}")
         check(not rope or self.d % 2 == 0, f"q must have an even head size where rope is on, got {self.d}")
         check_tensor("mask", mask, (self.B, self.n), torch.bool, q)
         check_tensor("position_ids", position_ids, (self.B, self.n), torch.int64, q)
@@ -187,12 +194,15 @@ class Call:
         # Rotation may lengthen a channel by sqrt(2), which float16 cannot always hold.
         self.shrink = 0.5 if rope and q.dtype == torch.float16 else 1.0
         self.D = max(16, triton.next_power_of_2(self.d))
+        # Channels that tl.dot is given at a time, and whose gradients a program holds: half precision takes up to 256.
+        whole = q.dtype.itemsize == 2 and self.D <= 256
+        self.depth = self.D if whole else min(self.D, 32)
+        self.channels = self.D if whole else min(self.D, 256 // max(4, q.dtype.itemsize))
         # Heads that share q and k go through a tile together, on products computed once.
         shared = self.shared_heads < self.H
-        self.group = min(32, triton.next_power_of_2(self.H)) if shared else 1
+        self.group = 16 if shared else 1
         self.groups = triton.cdiv(self.H, self.group) if shared else 1
-        tile, self.warps = _tile(q.dtype, self.n, self.D, backward)
-        self.block = block or tile
+        self.block, self.warps = _tile(op, q.dtype, self.n, self.D, shared)
         self.blocks = triton.cdiv(self.n, self.block)
         self.band = 0 < max_span_length < self.n
         self.longest = max_span_length if self.band else self.n
@@ -228,7 +238,7 @@ class Call:
             check_tensor(name, bias, (self.B, self.n, self.H), self.dtype, q)
         padded = self.blocks * self.block
         out = torch.empty(2, self.B, self.shared_heads, padded, self.D, dtype=self.dtype, device=self.device)
-        rows = max(16, 2048 // self.D)
+        rows = max(1, 4096 // self.D)
         group = 4  # heads that use a cosine before it is forgotten
         groups = triton.cdiv(self.shared_heads, group)
         global_pointer_prepare_kernel[(triton.cdiv(padded, rows) * groups * self.B,)](
@@ -256,10 +266,10 @@ class Call:
         )
         return Prepared(out[0], out[1], *biases)
 
-    def launch(self, kernel: Any, inner: int, *, fusion: bool = True, **arguments: Any) -> None:
+    def launch(self, kernel: Any, inner: int, **arguments: Any) -> None:
         """Launches `inner` programs for each sequence and group of heads; see `place`."""
         kernel[(inner * self.groups * self.B * self.shared_heads,)](
-            **arguments,
+            **({"enable_fp_fusion": True} | arguments),
             mask_ptr=self.mask,
             extents_ptr=self.extents,
             n=self.n,
@@ -276,8 +286,8 @@ class Call:
             GROUP=self.group,
             BLOCK=self.block,
             D=self.D,
+            DEPTH=self.depth,
             PRECISION=precision(self.dtype),
             num_warps=self.warps,
             num_stages=2,
-            enable_fp_fusion=fusion,
         )

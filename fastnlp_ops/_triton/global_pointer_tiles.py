@@ -65,7 +65,8 @@ def counts(start, end, blocks, extents_ptr, b, n, BLOCK: tl.constexpr):
 def load_extent(extents_ptr, b, n):
     if extents_ptr is None:
         return tl.full((), 0, tl.int32), n - 1 + tl.full((), 0, tl.int32)
-    return tl.load(extents_ptr + b * 2), tl.load(extents_ptr + b * 2 + 1)
+    else:
+        return tl.load(extents_ptr + b * 2), tl.load(extents_ptr + b * 2 + 1)
 
 
 @triton.jit
@@ -126,24 +127,68 @@ def valid_cells(
 
 
 @triton.jit
-def load_block(x_ptr, block, BLOCK: tl.constexpr, D: tl.constexpr):
-    """[BLOCK, D] of what `global_pointer_prepare_kernel` wrote for a sequence and head."""
-    row = (block * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
-    return tl.load(x_ptr + row[:, None] * D + tl.arange(0, D)[None, :])
+def load_block(x_ptr, block, first, BLOCK: tl.constexpr, D: tl.constexpr, CHANNELS: tl.constexpr):
+    """[BLOCK, CHANNELS] from channel `first` on, of what was prepared for a sequence and head."""
+    x_ptr += (
+        tl.full((), BLOCK * D, tl.int64) * block + first
+    )  # 64 bits to get to a tile, 32 within it: half the registers
+    return tl.load(x_ptr + tl.arange(0, BLOCK)[:, None] * D + tl.arange(0, CHANNELS)[None, :])
 
 
 @triton.jit
-def dot_products(near, far, scale, PRECISION: tl.constexpr):
-    """scale * near . far [near, far], in the compute type."""
-    products = tl.dot(near, tl.trans(far), input_precision=PRECISION)
+def dot_product(x, y, scale, PRECISION: tl.constexpr):
+    """scale * x . y [near, far], in the compute type."""
+    products = tl.dot(x, tl.trans(y), input_precision=PRECISION)
     return products * tl.full((), scale, products.dtype)
 
 
 @triton.jit
-def with_biases(products, near_bias_ptr, far_bias_ptr, b, h, n, heads, near, near_there, far, far_there):
+def dot_products(
+    near_ptr,
+    near_block,
+    far_ptr,
+    far_block,
+    scale,
+    BLOCK: tl.constexpr,
+    D: tl.constexpr,
+    DEPTH: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """The same of two blocks in memory, DEPTH channels at a time."""
+    dtype: tl.constexpr = tl.float64 if near_ptr.dtype.element_ty == tl.float64 else tl.float32
+    products = tl.zeros([BLOCK, BLOCK], dtype)
+    for first in range(0, D, DEPTH):
+        x = load_block(near_ptr, near_block, first, BLOCK, D, DEPTH)
+        y = load_block(far_ptr, far_block, first, BLOCK, D, DEPTH)
+        products = tl.dot(x, tl.trans(y), products, input_precision=PRECISION)
+    return products * tl.full((), scale, dtype)
+
+
+@triton.jit
+def _load_bias(bias_ptr, b, block, there, h, n, heads, BLOCK: tl.constexpr):
+    bias_ptr += (b * n + block * BLOCK) * heads + h
+    return tl.load(bias_ptr + tl.arange(0, BLOCK) * heads, mask=there, other=0.0)
+
+
+@triton.jit
+def with_biases(
+    products,
+    near_bias_ptr,
+    far_bias_ptr,
+    b,
+    near_block,
+    near_there,
+    far_block,
+    far_there,
+    h,
+    n,
+    heads,
+    BLOCK: tl.constexpr,
+):
     """Scores of a head from the products that heads may share. Biases of masked tokens are not read."""
     if near_bias_ptr is None:
         return products
-    near_bias = tl.load(near_bias_ptr + (b * n + near) * heads + h, mask=near_there, other=0.0)
-    far_bias = tl.load(far_bias_ptr + (b * n + far) * heads + h, mask=far_there, other=0.0)
-    return products + near_bias.to(products.dtype)[:, None] + far_bias.to(products.dtype)[None, :]
+    else:
+        near_bias = _load_bias(near_bias_ptr, b, near_block, near_there, h, n, heads, BLOCK).to(products.dtype)
+        far_bias = _load_bias(far_bias_ptr, b, far_block, far_there, h, n, heads, BLOCK).to(products.dtype)
+        return products + near_bias[:, None] + far_bias[None, :]
