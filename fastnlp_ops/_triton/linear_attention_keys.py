@@ -175,8 +175,9 @@ def linear_attention_keys_kernel(
                     a, shift = exp_rows(a, top)
                 else:
                     a = feature_map(a, seen, 0, MAP, DK)
-            y = tl.dot(a.to(operand), state.to(operand), input_precision=PRECISION)
             z = tl.sum(a * sums[None, :], 1)
+            a = a.to(operand)
+            y = tl.dot(a, state.to(operand), input_precision=PRECISION)
             if OF_KEYS or BIAS:
                 y += row0[None, :]
                 z += count
@@ -205,14 +206,28 @@ def linear_attention_keys_kernel(
                         q = load_tile(q_ptr + h * q_stride_h, row, q_stride_t, live, x_first, DK, X).to(compute)
                         q = feature_map(q, live, x_first, MAP, DK)
                     dout = query_values(dout_ptr, factor_ptr, at, live, y_first, scale, compute, DV, Y)
+                    weight = tl.full([BLOCK], 1.0, compute)
+                    if decay_ptr is not None:
+                        weight = far
                     if delta_ptr is not None:
                         delta = tl.load(delta_ptr + at, mask=live, other=0.0)
+                        if OF_KEYS:
+                            row0 += tl.sum((delta * weight)[:, None] * q, 0)
+                        else:
+                            sums += tl.sum((delta * weight)[:, None] * q, 0)
+                            count += tl.sum(delta * weight, 0)
                     if OF_KEYS:
                         query, value = dout.to(operand), q
                     else:
                         query, value = q.to(operand), dout
                     clean, poison = split_finite(value)
-                    scores = tl.dot(a.to(operand), tl.trans(query), input_precision=PRECISION)
+                    clean = clean.to(operand)
+                    if decay_ptr is not None:
+                        value *= weight[:, None]
+                    if BIAS and not OF_KEYS:
+                        row0 += tl.sum(value, 0)
+                    value = value.to(operand)
+                    scores = tl.dot(a, tl.trans(query), input_precision=PRECISION)
                     if OF_KEYS:
                         if delta_ptr is not None:
                             scores += delta[None, :]
@@ -220,22 +235,11 @@ def linear_attention_keys_kernel(
                         scores += 1.0
                     if decay_ptr is not None:
                         scores *= between
-                        value *= far[:, None]
-                    if delta_ptr is not None:
-                        late = delta
-                        if decay_ptr is not None:
-                            late *= far
-                        if OF_KEYS:
-                            row0 += tl.sum(late[:, None] * q, 0)
-                        else:
-                            z += tl.sum(tl.where(future, scores * delta[None, :], 0.0), 1)
-                            sums += tl.sum(late[:, None] * q, 0)
-                            count += tl.sum(late, 0)
+                    if delta_ptr is not None and not OF_KEYS:
+                        z += tl.sum(tl.where(future, scores * delta[None, :], 0.0), 1)
                     scores = tl.where(future, scores + poison[None, :], 0.0)
-                    y = tl.dot(scores.to(operand), clean.to(operand), acc=y, input_precision=PRECISION)
-                    state = tl.dot(tl.trans(query), value.to(operand), acc=state, input_precision=PRECISION)
-                    if BIAS and not OF_KEYS:
-                        row0 += tl.sum(value, 0)
+                    y = tl.dot(scores.to(operand), clean, acc=y, input_precision=PRECISION)
+                    state = tl.dot(tl.trans(query), value, acc=state, input_precision=PRECISION)
             at = (b * tokens + row) * heads + head
             channel = first + tl.arange(0, OUTER)
             if OF_KEYS:

@@ -143,17 +143,27 @@ def linear_attention_queries_kernel(
                         sums *= ratio
                 else:
                     k = feature_map(k, seen, x_first, MAP, DK)
-                if GRADIENT:
-                    key, value = v.to(operand), k
-                else:
-                    key, value = k.to(operand), v.to(compute)
-                clean, poison = split_finite(value)
+                weight = seen.to(compute)
                 if decay_ptr is not None:
                     g, total = decays(
                         decay_ptr + b * decay_stride_b + head * decay_stride_h, row, decay_stride_t, seen
                     )
                     between = decays_between(g, g, past, compute)
-                    near, far = tl.exp(g.to(compute)), tl.exp((total - g).to(compute))
+                    near, carried = tl.exp(g.to(compute)), tl.exp(total.to(compute))
+                    weight *= tl.exp((total - g).to(compute))
+                # What the block adds to the state, as small as it can be before the queries need registers.
+                if GRADIENT:
+                    key, value = v.to(operand), k
+                else:
+                    key, value = k.to(operand), v.to(compute)
+                    added_sums = tl.sum(k * weight[:, None], 0)
+                clean, poison = split_finite(value)
+                clean = clean.to(operand)
+                if decay_ptr is not None:
+                    value *= weight[:, None]
+                if GRADIENT or BIAS:
+                    added_row0 = tl.sum(value, 0)
+                added = value.to(operand)
             for h in range(GROUP):
                 at = (b * tokens + row) * (heads * GROUP) + head * GROUP + h
                 if GRADIENT:
@@ -170,17 +180,18 @@ def linear_attention_queries_kernel(
                         a, shift = exp_rows(a, top)
                     else:
                         a = feature_map(a, live, 0, MAP, DK)
-                y = tl.dot(a.to(operand), state.to(operand), input_precision=PRECISION)
+                if not GRADIENT:
+                    z = tl.sum(a * sums[None, :], 1)
+                a = a.to(operand)
+                y = tl.dot(a, state.to(operand), input_precision=PRECISION)
                 if GRADIENT:
                     if delta_ptr is not None:
                         y += delta[:, None] * row0[None, :]
-                else:
-                    z = tl.sum(a * sums[None, :], 1)
-                    if BIAS:
-                        y += row0[None, :]
-                        z += count
+                elif BIAS:
+                    y += row0[None, :]
+                    z += count
                 if CAUSAL:
-                    scores = tl.dot(a.to(operand), tl.trans(key), input_precision=PRECISION)
+                    scores = tl.dot(a, tl.trans(key), input_precision=PRECISION)
                     if GRADIENT:
                         if delta_ptr is not None:
                             scores += delta[:, None]
@@ -195,7 +206,7 @@ def linear_attention_queries_kernel(
                         counted = past & seen[None, :] if BIAS else past
                         z += tl.sum(tl.where(counted, scores, 0.0), 1)
                     scores = tl.where(past, scores + poison[None, :], 0.0)
-                    y = tl.dot(scores.to(operand), clean.to(operand), acc=y, input_precision=PRECISION)
+                    y = tl.dot(scores.to(operand), clean, acc=y, input_precision=PRECISION)
                 if GRADIENT:
                     x = load_tile(q_ptr + h * q_stride_h, row, q_stride_t, live, x_first, DK, X).to(compute)
                     if MAP == EXP:
@@ -226,20 +237,16 @@ def linear_attention_queries_kernel(
                     mask=live[:, None] & (channel < WIDTH)[None, :],
                 )
             if CAUSAL:
-                weight = seen.to(compute)
                 if decay_ptr is not None:
-                    carried = tl.exp(total.to(compute))
                     state *= carried
                     row0 *= carried
                     sums *= carried
                     count *= carried
-                    weight *= far
-                    value *= weight[:, None]
-                state = tl.dot(tl.trans(key), value.to(operand), acc=state, input_precision=PRECISION)
+                state = tl.dot(tl.trans(key), added, acc=state, input_precision=PRECISION)
                 if GRADIENT or BIAS:
-                    row0 += tl.sum(value, 0)
+                    row0 += added_row0
                 if not GRADIENT:
-                    sums += tl.sum(k * weight[:, None], 0)
+                    sums += added_sums
                     count += tl.sum(weight, 0)
     if CAUSAL and not GRADIENT:
         if last:
