@@ -17,20 +17,26 @@ from fastnlp_ops._triton.linear_attention_states import linear_attention_scan_ke
 from fastnlp_ops._triton.linear_attention_tiles import COSINE, EXP, IDENTITY, SOFTMAX
 from fastnlp_ops._triton.log_sum_exp import compute_dtype
 
-# By bytes of a tile's elements and channels that a product is taken over: tokens of a block, columns of the output that
-# a program has, and warps.
+# Tokens of a block, columns of the result that a program has, and warps: by bytes of a tile's elements, and by weight, for
+# out and dv, and for dq and dk, which hold gradients of denominators besides. Weight is one for products over 128
+# channels, two for 256, and one more for each of what takes registers: decays, maxima or several query heads for a key,
+# and a card whose warps cannot multiply from shared memory. tests/test_linear_attention_compiled.py sees what spills.
 _TILES = {
-    2: {64: (64, 64, 4), 128: (64, 64, 8), 256: (32, 64, 8)},
-    4: {64: (32, 64, 4), 128: (32, 32, 4), 256: (16, 32, 4)},
-    8: {64: (16, 32, 4), 128: (16, 16, 4), 256: (16, 16, 4)},
+    2: (((32, 64, 4), (32, 64, 4)), ((32, 128, 8), (32, 64, 8)), ((32, 32, 8), (32, 32, 8)), ((16, 32, 8), (16, 16, 8))),
+    4: (((32, 64, 8), (32, 32, 8)), ((32, 32, 8), (32, 32, 8)), ((16, 32, 8), (16, 16, 8)), ((16, 16, 8), (16, 16, 8))),
+    8: (((16, 32, 4), (16, 32, 4)), ((16, 32, 8), (16, 16, 8)), ((16, 16, 8), (16, 16, 8)), ((16, 16, 8), (16, 16, 8))),
 }
 _LEAST_SEGMENT = 256  # tokens; a state of 128 x 128 is as much to write as 128 tokens are to read
 
 
-def _tile(dtype: torch.dtype, inner: int) -> tuple[int, int, int]:
+def _architecture(x: Tensor) -> int:
+    return torch.cuda.get_device_capability(x.device)[0] if x.is_cuda else 9
+
+
+def _tile(dtype: torch.dtype, weight: int, turned: bool) -> tuple[int, int, int]:
     # float16 goes through TF32, which has as many digits, and the range of float32 for sums over tokens
     size = 4 if dtype == torch.float16 else dtype.itemsize
-    return _TILES[size][max(64, inner)]
+    return _TILES[size][min(weight, 3)][turned]
 
 
 def _programs(x: Tensor) -> int:
@@ -163,10 +169,11 @@ class Call:
         return State(kv, key_sum, kv.new_empty(*shape, self.heads, self.DK) if self.exponential else None)
 
     def _launch(
-        self, kernel: Any, tokens: int, cu_seqlens: Tensor | None, segment: int, inner: int, width: int, **arguments: Any
+        self, kernel: Any, tokens: int, cu_seqlens: Tensor | None, segment: int, turned: bool, **arguments: Any
     ) -> None:
-        """A program for each segment, key head and block of the `width` columns of the result."""
-        inner, outer, block, warps = self.tile(inner, width)
+        """A program for each segment, key head and block of the result's columns: of v, or turned of k."""
+        inner, outer, block, warps = self.tile(turned)
+        width = self.DK if turned else self.DV
         columns = triton.cdiv(width, outer)
         decay = self.log_decay if self.causal else None
         kernel[(self.slots(tokens, cu_seqlens, segment) * self.heads * columns,)](
@@ -178,11 +185,15 @@ class Call:
             num_warps=warps, num_stages=2, enable_fp_fusion=True, **arguments,
         )  # fmt: skip
 
-    def tile(self, inner: int, width: int) -> tuple[int, int, int, int]:
+    def tile(self, turned: bool) -> tuple[int, int, int, int]:
         """Channels that a product is taken over, columns of the result in a program, tokens of a block, warps."""
-        inner = max(16, triton.next_power_of_2(inner))
-        block, outer, warps = _tile(self.dtype, inner)
-        return inner, max(16, min(outer, triton.next_power_of_2(width))), block, warps
+        inner, outer = (max(16, triton.next_power_of_2(width)) for width in (self.DK, self.DV))
+        if turned:
+            inner, outer = outer, inner
+        weight = max(0, inner.bit_length() - 7) + (_architecture(self.q) not in (9, 10))
+        weight += self.log_decay is not None or self.map == EXP.value or self.group > 1
+        block, columns, warps = _tile(self.dtype, weight, turned)
+        return inner, min(columns, outer), block, warps
 
     def slots(self, tokens: int, cu_seqlens: Tensor | None, segment: int) -> int:
         if cu_seqlens is None:
@@ -215,7 +226,7 @@ class Call:
         total = self.q.new_empty(slots, self.heads, dtype=self.compute) if self.log_decay is not None else None
         above = above or Gradients(self.v, 1.0)
         self._launch(
-            linear_attention_sums_kernel, tokens, cu_seqlens, segment, self.DK, self.DV, q_ptr=self.q,
+            linear_attention_sums_kernel, tokens, cu_seqlens, segment, False, q_ptr=self.q,
             dout_ptr=above.dout, normalizer_ptr=above.logarithms, factor_ptr=above.factor, delta_ptr=above.delta,
             mask_ptr=self.mask if self.causal or not queries else None, total_ptr=total, scale=above.scale,
             QUERIES=queries, MAP=map, **state.arguments(),
@@ -238,9 +249,8 @@ class Call:
         """out, or with what comes from above dq, of queries that read the state."""
         gradient = above is not None
         above = above or Gradients(self.v, scale, logarithms=normalizer)
-        inner, width = (self.DV, self.DK) if gradient else (self.DK, self.DV)
         self._launch(
-            linear_attention_queries_kernel, self.Tq, self.cu_seqlens_q, segment, inner, width, q_ptr=self.q,
+            linear_attention_queries_kernel, self.Tq, self.cu_seqlens_q, segment, gradient, q_ptr=self.q,
             dout_ptr=above.dout, result_ptr=result, normalizer_ptr=above.logarithms, factor_ptr=above.factor,
             delta_ptr=above.delta, mask_ptr=self.mask if self.causal else None, scale=above.scale, eps=self.eps,
             GRADIENT=gradient, CAUSAL=self.causal, NORMALIZE=normalize, MAP=self.map if map is None else map,
@@ -252,9 +262,8 @@ class Call:
         products: Tensor | None = None,
     ) -> None:  # fmt: skip
         """dv or dk of keys and values that read the sums of queries."""
-        inner, width = (self.DV, self.DK) if of_keys else (self.DK, self.DV)
         self._launch(
-            linear_attention_keys_kernel, self.Tk, self.cu_seqlens_k, segment, inner, width, q_ptr=self.q,
+            linear_attention_keys_kernel, self.Tk, self.cu_seqlens_k, segment, of_keys, q_ptr=self.q,
             dout_ptr=above.dout, result_ptr=result, normalizer_ptr=above.logarithms, factor_ptr=above.factor,
             delta_ptr=above.delta, products_ptr=products, mask_ptr=self.mask, batch=self.B, scale=above.scale,
             OF_KEYS=of_keys, CAUSAL=self.causal, MAP=self.map, **state.arguments(), **last.arguments("last_"),

@@ -65,7 +65,7 @@ def gradients(
     parts = None
     if call.causal:
         if call.log_decay is not None:
-            _, outer, _, _ = call.tile(call.DK, call.DV)
+            _, outer, _, _ = call.tile(turned=False)
             parts = products.new_empty(triton.cdiv(call.DV, outer), call.B, call.Tk, call.heads, dtype=call.compute)
         segment = call.whole(call.Tk, max(call.DK, call.DV))
         single = segment > call.Tk

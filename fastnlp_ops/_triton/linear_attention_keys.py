@@ -48,8 +48,10 @@ def query_values(dout_ptr, factor_ptr, at, live, first, scale, compute: tl.const
     """dout over the denominator, or times `scale`."""
     dout = load_tile(dout_ptr, at, DV, live, first, DV, Y).to(compute)
     if factor_ptr is None:
-        return dout * tl.full((), scale, compute)
-    return dout * tl.load(factor_ptr + at, mask=live, other=0.0)[:, None]
+        dout *= tl.full((), scale, compute)
+    else:
+        dout *= tl.load(factor_ptr + at, mask=live, other=0.0)[:, None]
+    return dout
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -127,10 +129,11 @@ def linear_attention_keys_kernel(
     if MAP == EXP:
         top = load_maxima(key_max_ptr, place, x_first, DK, X, compute)
     local = tl.arange(0, BLOCK)
-    future = local[:, None] <= local[None, :]
     blocks = tl.cdiv(end - begin, BLOCK).to(tl.int32)
     for i in range(blocks):
-        row = begin + ((blocks - 1 - i) * BLOCK + local)
+        index = (blocks - 1 - i) * BLOCK + local
+        future = index[:, None] <= index[None, :]  # of the loop's variable, or the compiler keeps it in registers
+        row = begin + index
         inside = row < end
         there = inside
         if mask_ptr is not None:
@@ -178,10 +181,10 @@ def linear_attention_keys_kernel(
             z = tl.sum(a * sums[None, :], 1)
             a = a.to(operand)
             y = tl.dot(a, state.to(operand), input_precision=PRECISION)
-            if OF_KEYS or BIAS:
-                y += row0[None, :]
-                z += count
+            z += count
+            behind = tl.zeros([BLOCK], compute) + 1.0
             if CAUSAL:
+                gained = tl.zeros([OUTER], compute)
                 if decay_ptr is not None:
                     g, total = decays(
                         decay_ptr + b * decay_stride_b + head * decay_stride_h, row, decay_stride_t, seen
@@ -189,10 +192,10 @@ def linear_attention_keys_kernel(
                     between = decays_between(-g, -g, future, compute)
                     near, far = tl.exp((total - g).to(compute)), tl.exp(g.to(compute))
                     carried = tl.exp(total.to(compute))
+                    behind = near
                     y *= near[:, None]
                     z *= near
                     state *= carried
-                    row0 *= carried
                     sums *= carried
                     count *= carried
                 for h in range(GROUP):
@@ -212,7 +215,7 @@ def linear_attention_keys_kernel(
                     if delta_ptr is not None:
                         delta = tl.load(delta_ptr + at, mask=live, other=0.0)
                         if OF_KEYS:
-                            row0 += tl.sum((delta * weight)[:, None] * q, 0)
+                            gained += tl.sum((delta * weight)[:, None] * q, 0)
                         else:
                             sums += tl.sum((delta * weight)[:, None] * q, 0)
                             count += tl.sum(delta * weight, 0)
@@ -220,12 +223,13 @@ def linear_attention_keys_kernel(
                         query, value = dout.to(operand), q
                     else:
                         query, value = q.to(operand), dout
-                    clean, poison = split_finite(value)
+                    clean, bad = split_finite(value)
+                    poison = tl.max(tl.where(bad, local, -1), 0)
                     clean = clean.to(operand)
                     if decay_ptr is not None:
                         value *= weight[:, None]
                     if BIAS and not OF_KEYS:
-                        row0 += tl.sum(value, 0)
+                        gained += tl.sum(value, 0)
                     value = value.to(operand)
                     scores = tl.dot(a, tl.trans(query), input_precision=PRECISION)
                     if OF_KEYS:
@@ -237,9 +241,16 @@ def linear_attention_keys_kernel(
                         scores *= between
                     if delta_ptr is not None and not OF_KEYS:
                         z += tl.sum(tl.where(future, scores * delta[None, :], 0.0), 1)
-                    scores = tl.where(future, scores + poison[None, :], 0.0)
+                    scores = tl.where(future, scores, 0.0)
+                    y += tl.where(local <= poison, float("nan"), 0.0)[:, None]
                     y = tl.dot(scores.to(operand), clean, acc=y, input_precision=PRECISION)
                     state = tl.dot(tl.trans(query), value, acc=state, input_precision=PRECISION)
+            if OF_KEYS or BIAS:  # late, when registers are free
+                y += behind[:, None] * row0[None, :]
+            if CAUSAL:
+                if decay_ptr is not None:
+                    row0 *= carried
+                row0 += gained
             at = (b * tokens + row) * heads + head
             channel = first + tl.arange(0, OUTER)
             if OF_KEYS:

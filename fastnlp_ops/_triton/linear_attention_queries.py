@@ -107,9 +107,10 @@ def linear_attention_queries_kernel(
     if MAP == EXP:
         top = load_maxima(key_max_ptr, place, x_first, DK, X, compute)
     local = tl.arange(0, BLOCK)
-    past = local[:, None] >= local[None, :]
     for block in range(tl.cdiv(end - begin, BLOCK).to(tl.int32)):
-        row = begin + (block * BLOCK + local)
+        index = block * BLOCK + local
+        past = index[:, None] >= index[None, :]  # of the loop's variable, or the compiler keeps it in registers
+        row = begin + index
         inside = row < end
         there = inside
         if CAUSAL and mask_ptr is not None:
@@ -157,7 +158,8 @@ def linear_attention_queries_kernel(
                 else:
                     key, value = k.to(operand), v.to(compute)
                     added_sums = tl.sum(k * weight[:, None], 0)
-                clean, poison = split_finite(value)
+                clean, bad = split_finite(value)
+                poison = tl.min(tl.where(bad, local, BLOCK), 0)
                 clean = clean.to(operand)
                 if decay_ptr is not None:
                     value *= weight[:, None]
@@ -184,10 +186,7 @@ def linear_attention_queries_kernel(
                     z = tl.sum(a * sums[None, :], 1)
                 a = a.to(operand)
                 y = tl.dot(a, state.to(operand), input_precision=PRECISION)
-                if GRADIENT:
-                    if delta_ptr is not None:
-                        y += delta[:, None] * row0[None, :]
-                elif BIAS:
+                if BIAS and not GRADIENT:
                     y += row0[None, :]
                     z += count
                 if CAUSAL:
@@ -205,9 +204,14 @@ def linear_attention_queries_kernel(
                     if not GRADIENT:
                         counted = past & seen[None, :] if BIAS else past
                         z += tl.sum(tl.where(counted, scores, 0.0), 1)
-                    scores = tl.where(past, scores + poison[None, :], 0.0)
+                    scores = tl.where(past, scores, 0.0)
+                    y += tl.where(local >= poison, float("nan"), 0.0)[:, None]
                     y = tl.dot(scores.to(operand), clean, acc=y, input_precision=PRECISION)
                 if GRADIENT:
+                    if delta_ptr is not None:
+                        if CAUSAL and decay_ptr is not None:
+                            delta *= near
+                        y += delta[:, None] * row0[None, :]
                     x = load_tile(q_ptr + h * q_stride_h, row, q_stride_t, live, x_first, DK, X).to(compute)
                     if MAP == EXP:
                         x += top[None, :]

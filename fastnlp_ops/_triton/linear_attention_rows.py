@@ -17,14 +17,14 @@ def map_row(x, there, SIZE: tl.constexpr, MAP: tl.constexpr):
         x = tl.where((channel < SIZE)[None, :], x, float("-inf"))
         e = tl.exp(x - tl.max(x, 1)[:, None])
         phi = e / tl.sum(e, 1)[:, None]
-        return phi, phi
-    # by its largest value first: squares of 1e20 are no float32
-    largest = tl.max(tl.abs(x), 1)
-    x = x / tl.maximum(largest, 1e-12)[:, None]
-    length = tl.sqrt(tl.sum(x * x, 1)) * tl.maximum(largest, 1e-12)
-    length = tl.maximum(length, 1e-12)
-    phi = x * (tl.maximum(largest, 1e-12) / length)[:, None]
-    return phi, (1.0 / length)[:, None] + tl.zeros_like(x)
+        slope = phi
+    else:  # by its largest value first: squares of 1e20 are no float32
+        largest = tl.maximum(tl.max(tl.abs(x), 1), 1e-12)
+        x = x / largest[:, None]
+        length = tl.maximum(tl.sqrt(tl.sum(x * x, 1)) * largest, 1e-12)
+        phi = x * (largest / length)[:, None]
+        slope = (1.0 / length)[:, None] + tl.zeros_like(x)
+    return phi, slope
 
 
 @triton.jit(do_not_specialize=("rows", "tokens", "heads"))

@@ -131,11 +131,11 @@ def steps_of(top, low, before, BLOCK: tl.constexpr):
 
 @triton.jit
 def split_finite(c):
-    """c with 0 for what is not finite, and for each row 0, or NaN where that hid something.
+    """c with 0 for what is not finite, and which rows had such.
 
     What is masked out of a tile of scores is 0, and 0 times infinity would still be NaN in rows of earlier tokens."""
     nothing = c * 0.0
-    return tl.where(nothing == 0.0, c, 0.0), tl.sum(nothing, 1)
+    return tl.where(nothing == 0.0, c, 0.0), tl.sum(nothing, 1) != 0.0
 
 
 @triton.jit
