@@ -3,12 +3,12 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
-#include <memory>
 #include <tuple>
 #include <vector>
 
 #include "../crf_call.h"
 #include "crf.h"
+#include "threads.h"
 
 namespace fastnlp {
 namespace {
@@ -19,18 +19,6 @@ CrfKernels kernels_for(const CrfProblem& problem) {
   static const bool has_v3 = __builtin_cpu_supports("x86-64-v3");
   return has_v3 ? v3::crf_kernels(problem) : baseline::crf_kernels(problem);
 }
-
-// Uninitialised memory, aligned for vectors.
-class Scratch {
- public:
-  explicit Scratch(size_t bytes) : memory_(new char[bytes + 64]) {}
-  void* get() const {
-    return reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(memory_.get()) + 63) & ~uintptr_t{63});
-  }
-
- private:
-  std::unique_ptr<char[]> memory_;
-};
 
 // The valid steps of every sequence, longest sequence first so that the last thread to finish has little left to do.
 struct Plan {
@@ -76,7 +64,7 @@ struct Run {
   Plan plan;
   CrfWork work;
   CrfKernels kernels;
-  std::unique_ptr<Scratch> matrices;
+  std::unique_ptr<Memory> matrices;
   int64_t together;  // sequences that share a call of a kernel; the shape decides, like every order of additions
 
   Run(const Tensor& emissions, const Tensor& transitions, const OptionalTensor& start, const OptionalTensor& end,
@@ -84,7 +72,7 @@ struct Run {
       : call(emissions, transitions, start, end, mask, cu_seqlens), plan(call), kernels(kernels_for(call.problem)) {
     work.problem = call.problem;
     work.rows = call.rows;
-    matrices = std::make_unique<Scratch>(kernels.matrices_size(call.problem));
+    matrices = std::make_unique<Memory>(kernels.matrices_size(call.problem));
     work.matrices = matrices->get();
     if (plan.total > 0) kernels.prepare(work);
     const CrfProblem& p = work.problem;
@@ -114,7 +102,7 @@ struct Run {
   template <class Kernel>
   void each_path(Kernel kernel) const {
     parallel(call.problem.batch, [&](int64_t begin, int64_t end) {
-      const Scratch scratch(kernels.path_scratch(work, plan.longest));
+      const Memory scratch(kernels.path_scratch(work, plan.longest));
       for (int64_t r = begin; r < end; ++r) kernel(work, plan.sequences[r], scratch.get());
     });
   }
@@ -132,7 +120,7 @@ struct Run {
     work.value = value.mutable_data_ptr();
     std::vector<int64_t> bad(call.problem.batch, -1);
     parallel(items(), [&](int64_t begin, int64_t end) {
-      const Scratch scratch(chain_scratch());
+      const Memory scratch(chain_scratch());
       for (int64_t item = begin; item < end; ++item)
         each_of(
             item, [&](const CrfSequence* s, int64_t n) { return kernels.filter_lanes(work, s, n, scratch.get()); },
@@ -174,7 +162,7 @@ struct Run {
     const int64_t groups = std::min({items(), int64_t{64}, std::max<int64_t>(4, (int64_t{1} << 22) / width)});
     std::vector<double> sums(static_cast<size_t>(groups * width), 0.0);
     parallel(groups, [&](int64_t begin, int64_t end) {
-      const Scratch scratch(chain_scratch());
+      const Memory scratch(chain_scratch());
       for (int64_t g = begin; g < end; ++g) {
         double* own = sums.data() + g * width;
         const CrfSums to = {own, own + cells, own + cells + n};
@@ -246,7 +234,7 @@ std::tuple<Tensor, Tensor> crf_viterbi(const Tensor& emissions, const Tensor& tr
   const int64_t batch = run.call.problem.batch;
   const int64_t pair = batch >= 4 ? 2 : 1;
   run.parallel(lanes ? run.items() : (batch + pair - 1) / pair, [&](int64_t begin, int64_t end) {
-    const Scratch scratch(bytes);
+    const Memory scratch(bytes);
     const auto alone = [&](const CrfSequence* s, int64_t n) { run.kernels.viterbi(run.work, s, n, scratch.get()); };
     for (int64_t item = begin; item < end; ++item) {
       if (!lanes) {

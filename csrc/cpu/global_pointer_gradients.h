@@ -5,21 +5,6 @@
 namespace fastnlp {
 namespace {
 
-// Memory of a thread, dealt out in pieces that are aligned for vectors.
-class Arena {
- public:
-  explicit Arena(void* memory) : at_(static_cast<char*>(memory)) {}
-  template <class T>
-  T* take(int64_t count) {
-    T* piece = reinterpret_cast<T*>(at_);
-    at_ += (static_cast<size_t>(count) * sizeof(T) + 63) / 64 * 64;
-    return piece;
-  }
-
- private:
-  char* at_;
-};
-
 static inline void merge(SpanSums* sums, const SpanSums* next, int64_t heads) {
   for (int64_t h = 0; h < heads; ++h) {
     add(sums[h].negative, next[h].negative);

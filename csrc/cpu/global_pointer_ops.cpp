@@ -2,7 +2,6 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
-#include <atomic>
 #include <tuple>
 
 #include "global_pointer_spans.h"
@@ -15,26 +14,6 @@ using OptionalTensor = std::optional<Tensor>;
 GlobalPointerKernels kernels_for(const GlobalPointerProblem& problem) {
   static const bool has_v3 = __builtin_cpu_supports("x86-64-v3");
   return has_v3 ? v3::global_pointer_kernels(problem) : baseline::global_pointer_kernels(problem);
-}
-
-// Numbers below a count, for whoever is free to take the next.
-class Queue {
- public:
-  explicit Queue(int64_t count) : count_(count) {}
-  bool take(int64_t* index) { return (*index = next_++) < count_; }
-
- private:
-  const int64_t count_;
-  std::atomic<int64_t> next_{0};
-};
-
-// f(queue) on as many threads as there are, or on this one.
-template <class F>
-void in_parallel(int64_t count, bool alone, const F& f) {
-  Queue queue(count);
-  if (alone) return f(queue);
-  const int64_t threads = std::min<int64_t>(count, torch::stable::get_num_threads());
-  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) { f(queue); });
 }
 
 struct Run {
@@ -66,7 +45,7 @@ struct Run {
   // What a thread holds of one item.
   struct Held {
     SpanItem items[2];
-    SpanMemory packed;
+    Memory packed;
     std::unique_ptr<SpanLabels> labels;
   };
   size_t packed_size(const SpanOp& op, const SpanSequence& sequence) const {
@@ -99,8 +78,8 @@ struct Run {
     };
 
     in_parallel(whole, alone, [&](Queue& queue) {
-      Held held = {{}, SpanMemory(size), {}};
-      const SpanMemory scratch(op.scratch_size(p, plan.sequences[0].column_blocks()));
+      Held held = {{}, Memory(size), {}};
+      const Memory scratch(op.scratch_size(p, plan.sequences[0].column_blocks()));
       for (int64_t index; queue.take(&index);) {
         hold(op, index, &held);
         const SpanSequence& sequence = *held.items[0].sequence;
@@ -111,7 +90,7 @@ struct Run {
     });
 
     for (int64_t index = whole; index < items; ++index) {
-      Held held = {{}, SpanMemory(size), {}};
+      Held held = {{}, Memory(size), {}};
       hold(op, index, &held);
       const SpanSequence& sequence = *held.items[0].sequence;
       const int64_t rows = sequence.row_blocks(), columns = sequence.column_blocks();
@@ -122,7 +101,7 @@ struct Run {
       });
       std::vector<SpanSums> blocks(gradients ? 0 : rows * heads);
       in_parallel(rows, alone, [&](Queue& queue) {
-        const SpanMemory scratch(op.scratch_size(p, 0));
+        const Memory scratch(op.scratch_size(p, 0));
         for (int64_t r; queue.take(&r);)
           op.run(held.items, SpanPart{r, r + 1, 0, columns, true, false}, scratch.get(),
                  gradients ? nullptr : &blocks[r * heads]);
@@ -130,7 +109,7 @@ struct Run {
       for (int64_t r = 0; !gradients && r < rows; ++r) kernels.merge(sums_of(held.items[0]), &blocks[r * heads], heads);
       if (!gradients) continue;
       in_parallel(columns, alone, [&](Queue& queue) {
-        const SpanMemory scratch(op.scratch_size(p, 1));
+        const Memory scratch(op.scratch_size(p, 1));
         for (int64_t c; queue.take(&c);)
           op.run(held.items, SpanPart{0, rows, c, c + 1, false, true}, scratch.get(), nullptr);
       });

@@ -1,25 +1,13 @@
 // What the host works out before kernels run: sequences without their masked tokens, angles, labels by tile.
 #pragma once
 #include <algorithm>
-#include <memory>
 #include <vector>
 
 #include "../global_pointer_call.h"
 #include "global_pointer.h"
+#include "threads.h"
 
 namespace fastnlp {
-
-// Uninitialised memory, aligned for vectors.
-class SpanMemory {
- public:
-  explicit SpanMemory(size_t bytes) : memory_(new char[bytes + 64]) {}
-  void* get() const {
-    return reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(memory_.get()) + 63) & ~uintptr_t{63});
-  }
-
- private:
-  std::unique_ptr<char[]> memory_;
-};
 
 // The sequences of a call, longest first so that the last thread to finish has little left to do.
 struct SpanPlan {
@@ -124,8 +112,8 @@ class SpanRotations {
   const GlobalPointerProblem& p_;
   const int64_t rows_;
   const int64_t width_;
-  const SpanMemory cosines_;
-  const SpanMemory sines_;
+  const Memory cosines_;
+  const Memory sines_;
 };
 
 // The labels of one item by tile. `cells`: sorted, see csrc/ops.cpp. Whatever is not a valid cell is passed over.

@@ -28,8 +28,11 @@ def register_through_reference(name: str, function: Callable[..., list[Tensor]])
     # A kernel runs below autograd, where nothing is recorded; this one differentiates, so it starts afresh.
     include, exclude = torch._C._dispatch_tls_local_include_set, torch._C.DispatchKeySet(torch._C.DispatchKey.Undefined)
 
+    def without_autocast(arguments: Sequence[Any]) -> torch.autocast:
+        return torch.autocast(next(x.device.type for x in arguments if x is not None), enabled=False)
+
     def reference(arguments: Sequence[Any]) -> list[Tensor]:
-        with torch.enable_grad(), torch.autocast(arguments[0].device.type, enabled=False):
+        with torch.enable_grad(), without_autocast(arguments):
             return function(*arguments)
 
     def kernel(*arguments: Any) -> tuple[Tensor, ...]:
@@ -51,7 +54,8 @@ def register_through_reference(name: str, function: Callable[..., list[Tensor]])
         if not used:
             return (None,) * (len(inputs) + len(ctx.options))
         outputs, grads = zip(*used, strict=True)
-        found = iter(torch.autograd.grad(outputs, by, grads, create_graph=create_graph, allow_unused=True))
+        with without_autocast(inputs):
+            found = iter(torch.autograd.grad(outputs, by, grads, create_graph=create_graph, allow_unused=True))
         dinputs = tuple(next(found) if x is not None and x.requires_grad else None for x in inputs)
         return dinputs + (None,) * len(ctx.options)
 

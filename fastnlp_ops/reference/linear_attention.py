@@ -86,7 +86,8 @@ def features(x: Tensor, feature_map: str) -> Tensor:
 
 def guard(z: Tensor, eps: float) -> Tensor:
     """A denominator that is not near zero. NaN stays NaN."""
-    return torch.where(z.abs() < eps, torch.where(z < 0, -eps, eps), z)
+    least = torch.full_like(z, eps)  # of two numbers torch.where would make float32
+    return torch.where(z.abs() < eps, torch.where(z < 0, -least, least), z)
 
 
 def repeat_heads(x: Tensor, heads: int) -> Tensor:
