@@ -162,6 +162,25 @@ def test_generate(map_, device):
     assert_same(again, greedy(model, more, 12))
 
 
+SMALL = {"num_hidden_layers": 2, "num_attention_heads": 4, "initializer_range": 0.3, "eos_token_id": None}
+OTHERS = {
+    "GPT2": {"n_embd": 24, "n_layer": 2, "n_head": 4, "bos_token_id": 1, "eos_token_id": None},
+    "GPTNeoX": SMALL | {"hidden_size": 32, "intermediate_size": 32, "bos_token_id": 1},
+    "Qwen3": SMALL | {"hidden_size": 24, "intermediate_size": 32, "num_key_value_heads": 2, "head_dim": 10},
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_decoders(name, device):
+    """Of other code than LLaMA's: positions that are learned or turn a part of each head, heads of another width."""
+    config = getattr(transformers, f"{name}Config")(vocab_size=VOCABULARY, **OTHERS[name])
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="fastnlp_linear")
+    model, tokens = model.to(device).eval(), make_tokens(device)
+    options = {"attention_mask": torch.ones_like(tokens), "max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    found = model.generate(tokens, past_key_values=LinearAttentionCache(), **options)
+    assert_same(found, greedy(model, tokens, 6))
+
+
 def test_generate_from_padded_texts(device):
     model, tokens, mask = make_llama(device), make_tokens(device), right_padded(device).flip(1)
     options = {"max_new_tokens": 8, "do_sample": False}
@@ -258,6 +277,15 @@ def test_compile(kind, device):
             results.append([out.detach(), *grads])
         for ours, expected in zip(*results, strict=True):
             near(ours, expected, 1e-4)
+
+
+def test_compiled_decoding(device):
+    torch._dynamo.reset()
+    model, tokens = make_llama(device), make_tokens(device)
+    compiled, cache = torch.compile(model, backend="aot_eager"), LinearAttentionCache()
+    with torch.no_grad():
+        outs = [compiled(x, past_key_values=cache).logits for x in tokens.split((8, 1, 1, 1), 1)]
+        near(torch.cat(outs, 1), model(tokens).logits, 1e-4)
 
 
 def test_bidirectional_llama(device):
