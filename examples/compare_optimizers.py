@@ -35,8 +35,8 @@ BATCH_SIZE = 16
 FILES = 40  # of the standard library
 STEPS, QUICK_STEPS = 80, 20
 COMPARED_STEPS = 10
-# Of the two Adafactors, relative, over COMPARED_STEPS; later on training amplifies rounding. Over four seeds they came up
-# to 4e-6 apart. A learning rate that is off by a hundredth showed as 1e-2.
+# Of the two Adafactors, relative, over COMPARED_STEPS; later on training amplifies rounding. Over four seeds they came
+# up to 4e-6 apart. A learning rate that is off by a hundredth showed as 1e-2.
 LOSS_TOLERANCE = 1e-4
 # Without momentum, half of Adam's learning rate. As there, a gradient that is nothing but rounding is not to count.
 OPTIONS = {
