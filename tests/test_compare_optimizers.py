@@ -46,7 +46,7 @@ def test_another_step_is_noticed(tmp_path, capsys, monkeypatch):
     pytest.importorskip("transformers")
 
     def longer(parameters):
-        return Adafactor(parameters, **compare_optimizers.OPTIONS | {"lr": 1.1 * compare_optimizers.LEARNING_RATE})
+        return Adafactor(parameters, **compare_optimizers.OPTIONS | {"lr": 1.01 * compare_optimizers.OPTIONS["lr"]})
 
     monkeypatch.setattr(compare_optimizers, "ours", longer)
     assert compare_optimizers.main(["--steps", "8", "--output", str(tmp_path)]) == 1
