@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastnlp_ops._linear_attention_inputs import kernel_inputs
 from fastnlp_ops.linear_attention_state import LinearAttentionState
+from fastnlp_ops.reference.linear_attention import EXPONENTIAL
 
 _STATE = slice(7, 10)  # of the arguments of op linear_attention: kv, key_sum, key_max
 _Parts = Sequence[Any]  # kv, key_sum, key_max or None, log of the decay or None
@@ -81,7 +82,7 @@ def linear_attention_context_parallel(
     q, k, v, *_ = inputs
     _, _, kv, key_sum, key_max = torch.ops.fastnlp_ops.linear_attention(q[:, :0], *inputs[1:])
     decay = _total_decay(log_decay, k, key_padding_mask)
-    state = _Exchange.apply(kv, key_sum, key_max if key_max.numel() else None, decay, causal, group)
+    state = _Exchange.apply(kv, key_sum, key_max if feature_map in EXPONENTIAL else None, decay, causal, group)
     if not causal:  # the keys of this process are in the sum of all
         inputs = (q, k[:, :0], v[:, :0], None, *inputs[4:])
     out, *_ = torch.ops.fastnlp_ops.linear_attention(*inputs[: _STATE.start], *state, *inputs[_STATE.stop :])

@@ -95,6 +95,14 @@ def check(case, dtype, rank, world, exchanged):
         assert_near(gradient, theirs, f"gradient by {name}, {what}")
 
 
+def nothing(rank, world):
+    """No sequences at all."""
+    q = torch.randn(0, 3, H, Dk, requires_grad=True)
+    for options in ({}, {"causal": True}, {"feature_map": "exp"}):
+        out = linear_attention_context_parallel(q, q, q, **options)
+        assert torch.autograd.grad(out.sum(), q)[0].shape == out.shape == (0, 3, H, Dk)
+
+
 def refuses(rank, world):
     q = torch.randn(B, 3, H, Dk, dtype=torch.float64, requires_grad=True)
     out = linear_attention_context_parallel(q, q, q, causal=True)
@@ -128,6 +136,7 @@ def work(rank, world, file):
         for dtype in LIMIT:
             torch.manual_seed(5)
             check(case, dtype, rank, world, exchanged)
+    nothing(rank, world)
     refuses(rank, world)
     if world == 4:
         two_groups(rank, world)
