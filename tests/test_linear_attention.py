@@ -84,6 +84,20 @@ def test_third_derivatives(case, device):
         assert torch.allclose(own, expected, rtol=1e-8, atol=1e-10)
 
 
+@pytest.mark.parametrize("case", ["gate_state-elu+1", "packed_state-exp", "state_both-softmax"])
+def test_second_derivatives_of_the_state(case, device):
+    """Where nothing flows back into the output."""
+    drawn, found = small_problem(case, device), []
+    for call in (ours, plain):
+        problem, leaves = drawn.leaves()
+        slopes = torch.autograd.grad(call(problem)[1].sin().sum(), leaves[1:3], create_graph=True)
+        total = sum(slope.square().sum() for slope in slopes)
+        found.append(torch.autograd.grad(total, leaves, allow_unused=True, materialize_grads=True))
+    for own, expected in zip(*found, strict=True):
+        assert torch.allclose(own, expected, rtol=1e-9, atol=1e-11)
+    assert found[1][1].any()
+
+
 def op_arguments(problem):
     """Arguments of every op of the family."""
     inputs, _ = kernel_arguments(problem)

@@ -231,6 +231,25 @@ void query_sums(const LinearAttentionItem& item, int64_t begin, int64_t end, con
   }
 }
 
+// dk and dv from rows and dvalues; zeros for masked keys, whatever stands there.
+template <class C>
+void write_key_gradients(const Block<C>& block, int64_t t, int64_t n) {
+  const LinearAttentionProblem& p = block.p;
+  const Sizes<C>& sizes = block.sizes;
+  for (int64_t i = 0; i < n; ++i) {
+    if (!block.masked(t + i)) continue;
+    C *const k = block.rows + i * sizes.feature_stride, *const v = block.dvalues + i * sizes.value_stride;
+    std::fill(k, k + sizes.features, C{0});
+    std::fill(v, v + sizes.width, C{0});
+  }
+  const int64_t token = block.sequence.batch * p.keys + block.sequence.key0 + t;
+  const int64_t row = token * p.key_heads + block.item.key_head;
+  write_rows(p.dtype, n, sizes.channels, block.rows + sizes.constants, sizes.feature_stride, block.work.dk,
+             row * sizes.channels, p.key_heads * sizes.channels);
+  write_rows(p.dtype, n, sizes.values, block.dvalues, sizes.value_stride, block.work.dv, row * sizes.values,
+             p.key_heads * sizes.values);
+}
+
 template <class C>
 void key_gradients(const LinearAttentionItem& item, int64_t begin, int64_t end, const void* base, void* local,
                    void* scratch) {
@@ -241,6 +260,10 @@ void key_gradients(const LinearAttentionItem& item, int64_t begin, int64_t end, 
   for (int64_t n; end > begin; end -= n) {
     n = p.causal ? source.start(begin, end) : std::min(kBlock, end - begin);
     const int64_t t = end - n;
+    if (!p.causal && block.all_masked(t, n)) {
+      write_key_gradients(block, t, n);
+      continue;
+    }
     const State<C>& state = p.causal ? block.state() : block.base;
     block.read_raw_keys(t, n, block.keys);
     if (p.has_maximum())
@@ -277,15 +300,7 @@ void key_gradients(const LinearAttentionItem& item, int64_t begin, int64_t end, 
     block.add_decay_terms(t, n, block.keys, -1);
     chain_rows(p.has_maximum() ? FeatureMap::exponential : p.feature_map, n, sizes.channels, block.keys, block.rows,
                sizes.feature_stride, block.key_norms);
-    block.clear_masked(t, n, block.rows);
-    for (int64_t i = 0; i < n; ++i)
-      if (block.masked(t + i))
-        std::fill(block.dvalues + i * sizes.value_stride, block.dvalues + i * sizes.value_stride + sizes.width, C{0});
-    const int64_t row = (block.sequence.batch * p.keys + block.sequence.key0 + t) * p.key_heads + item.key_head;
-    write_rows(p.dtype, n, sizes.channels, block.rows + sizes.constants, sizes.feature_stride, block.work.dk,
-               row * sizes.channels, p.key_heads * sizes.channels);
-    write_rows(p.dtype, n, sizes.values, block.dvalues, sizes.value_stride, block.work.dv, row * sizes.values,
-               p.key_heads * sizes.values);
+    write_key_gradients(block, t, n);
   }
 }
 

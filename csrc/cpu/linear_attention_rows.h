@@ -37,7 +37,7 @@ void read_rows(DType dtype, const void* data, int64_t offset, int64_t step, int6
     const auto* from = static_cast<decltype(type)>(data) + offset;
     for (int64_t i = 0; i < n; ++i) load_row(from + i * step, size, padded_to_panel<C>(size), C{0}, to + i * stride);
     constexpr int64_t bytes = sizeof(*type);
-    if (next) ahead.expect(from + next * step, step * bytes, n, size * bytes);
+    if (next) ahead.expect(reinterpret_cast<uintptr_t>(from) + next * step * bytes, step * bytes, n, size * bytes);
   });
 }
 

@@ -57,14 +57,15 @@ void to_rows(int64_t n, int64_t depth, const C* columns, C* rows, int64_t stride
 // the hardware to guess them, and all at once they would wait for each other.
 class Ahead {
  public:
-  void expect(const void* first, int64_t step, int64_t rows, int64_t bytes) {
+  // `first` may lie outside of the tensor: it is never read.
+  void expect(uintptr_t first, int64_t step, int64_t rows, int64_t bytes) {
     if (count_ == kMost || rows <= 0) return;
-    wanted_[(first_ + count_++) % kMost] = {static_cast<const char*>(first), step, rows, bytes};
+    wanted_[(first_ + count_++) % kMost] = {first, step, rows, bytes};
   }
   void ask() {
     for (int i = 0; i < kLines && count_ > 0; ++i) {
       Rows& rows = wanted_[first_];
-      __builtin_prefetch(rows.at + at_, 0, 2);
+      __builtin_prefetch(reinterpret_cast<const void*>(rows.at + at_), 0, 2);
       at_ += 64;
       if (at_ < rows.bytes) continue;
       at_ = 0;
@@ -77,7 +78,7 @@ class Ahead {
 
  private:
   struct Rows {
-    const char* at;
+    uintptr_t at;
     int64_t step;
     int64_t rows;
     int64_t bytes;
