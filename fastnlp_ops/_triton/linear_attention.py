@@ -27,7 +27,9 @@ def linear_attention(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Te
         if call.causal and call.Tq == call.Tk:
             segment = call.whole(call.Tk, call.DV)
             state = call.initial if segment > call.Tk else call.sums(call.initial, segment)
-            call.queries(out, state, segment, normalizer=normalizer, scale=call.scale, last=last, normalize=call.normalize)
+            call.queries(
+                out, state, segment, normalizer=normalizer, scale=call.scale, last=last, normalize=call.normalize
+            )
             return results
         call.sums(call.initial, call.part(call.Tk, call.DV), last=last)
         if out.numel() == 0:

@@ -22,8 +22,13 @@ from fastnlp_ops._triton.log_sum_exp import compute_dtype
 # channels, two for 256, and one more for each of what takes registers: decays, maxima or several query heads for a key,
 # and a card whose warps cannot multiply from shared memory. tests/test_linear_attention_compiled.py sees what spills.
 _TILES = {
-    2: (((32, 64, 4), (32, 64, 4)), ((32, 128, 8), (32, 64, 8)), ((32, 32, 8), (32, 32, 8)), ((16, 32, 8), (16, 16, 8))),
-    4: (((32, 64, 8), (32, 32, 8)), ((32, 32, 8), (32, 32, 8)), ((16, 32, 8), (16, 16, 8)), ((16, 16, 8), (16, 16, 8))),
+    2: (
+        ((32, 64, 4), (32, 64, 4)),
+        ((32, 128, 8), (32, 64, 8)),
+        ((32, 32, 8), (32, 32, 8)),
+        ((16, 32, 8), (16, 16, 8)),
+    ),
+    4: (((16, 32, 4), (16, 32, 4)), ((16, 32, 8), (16, 16, 8)), ((16, 16, 8), (16, 16, 8)), ((16, 16, 8), (16, 16, 8))),
     8: (((16, 32, 4), (16, 32, 4)), ((16, 32, 8), (16, 16, 8)), ((16, 16, 8), (16, 16, 8)), ((16, 16, 8), (16, 16, 8))),
 }
 _LEAST_SEGMENT = 256  # tokens; a state of 128 x 128 is as much to write as 128 tokens are to read
@@ -102,7 +107,9 @@ class Call:
         check(k.dim() == 4, f"k must be [B, Tk, Hkv, Dk], got shape {tuple(k.shape)}")
         check(v.dim() == 4, f"v must be [B, Tk, Hkv, Dv], got shape {tuple(v.shape)}")
         (self.B, self.Tq, self.H, self.DK), (_, self.Tk, self.heads, self.DV) = q.shape, v.shape
-        check(self.heads > 0 and self.H % self.heads == 0, f"q must have a multiple of {self.heads} heads, got {self.H}")
+        check(
+            self.heads > 0 and self.H % self.heads == 0, f"q must have a multiple of {self.heads} heads, got {self.H}"
+        )
         check(0 < self.DK <= 256, f"q must have 1 to 256 channels on CUDA, got {self.DK}")
         check(0 < self.DV <= 256, f"v must have 1 to 256 channels on CUDA, got {self.DV}")
         check_tensor("k", k, (self.B, self.Tk, self.heads, self.DK), q.dtype, q)
@@ -111,7 +118,13 @@ class Call:
         check(not causal or feature_map != SOFTMAX.value, "softmax must not be causal")
         check(causal or log_decay is None, "log_decay must come with causal")
         self.device, self.dtype, self.compute = q.device, q.dtype, compute_dtype(q)
-        self.group, self.causal, self.normalize, self.scale, self.eps = self.H // self.heads, causal, normalize, scale, eps
+        self.group, self.causal, self.normalize, self.scale, self.eps = (
+            self.H // self.heads,
+            causal,
+            normalize,
+            scale,
+            eps,
+        )
         self.feature_map, self.bias = feature_map, int(feature_map == COSINE.value)
         self.exponential = feature_map in (EXP.value, SOFTMAX.value)
         self.map = EXP.value if self.exponential else IDENTITY.value if self.bias else feature_map

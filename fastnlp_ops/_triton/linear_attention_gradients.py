@@ -35,9 +35,7 @@ def _in_front(call: Call, last: State) -> State:
     return State(last.kv * weight[..., None], last.key_sum * weight)
 
 
-def gradients(
-    call: Call, dout: Tensor, out: Tensor, normalizer: Tensor | None, final: State, dfinal: State
-) -> Results:
+def gradients(call: Call, dout: Tensor, out: Tensor, normalizer: Tensor | None, final: State, dfinal: State) -> Results:
     q, k, v = call.raw
     cosine = call.feature_map == COSINE.value
     # Of cosine+1 dq and dk are those of unit vectors first, which one more pass takes to q and k.
