@@ -17,8 +17,8 @@ TESTS = Path(__file__).parent
 CASES = (
     "odd-elu odd_both-relu odd-identity odd_both-elu left-exp holes-elu holes_both-softmax cross-elu grouped-cosine "
     "grouped_both-exp sums-exp sums_both-relu packed-elu packed_both-exp packed_cross-softmax packed_state-exp "
-    "gate_state-cosine gate_packed-elu gate_sums-identity decay-elu state-exp state_both-softmax one-elu no_sequence-elu "
-    "no_token-exp no_key-softmax no_query-exp no_packed-elu"
+    "gate_state-cosine gate_packed-elu gate_sums-identity decay-elu state-exp state_both-softmax one-elu "
+    "no_sequence-elu no_token-exp no_key-softmax no_query-exp no_packed-elu"
 )
 ANY = f"({' or '.join(CASES.split())})"
 RUNS = {

@@ -3,7 +3,7 @@
     out_t = (q_t S_t + sum_{j <= t in the block} sim_tj v_j) / z_t               S = sum_j k_j^T v_j before the block
     dq_t  = (dout_t S_t^T + delta_t z) + sum_j (dout_t . v_j + delta_t) k_j      through the feature map
 
-Both are one kernel: a = q or dout meets a state [INNER, OUTER], which is held in registers, and scores a b^T of its block.
+Both are one kernel: a = q or dout meets a state [INNER, OUTER], held in registers, and scores a b^T of its block.
 Without causal the state is that of all keys, and nothing is added to it.
 """
 
