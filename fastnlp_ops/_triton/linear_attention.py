@@ -1,5 +1,6 @@
 """Linear attention. What is kept for the backward pass beside inputs and results is a number for
-each query; what waits for other tokens is a state of Dk x Dv, of which causal passes keep as many as fill the GPU."""
+each query; what waits for other tokens is a state of Dk x Dv, of which causal passes keep as many as fill the GPU.
+"""
 
 from typing import Any
 
@@ -27,7 +28,9 @@ def linear_attention(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Te
         if call.causal and call.Tq == call.Tk:
             segment = call.whole(call.Tk, call.DV)
             state = call.initial if segment > call.Tk else call.sums(call.initial, segment)
-            call.queries(out, state, segment, normalizer=normalizer, scale=call.scale, last=last, normalize=call.normalize)
+            call.queries(
+                out, state, segment, normalizer=normalizer, scale=call.scale, last=last, normalize=call.normalize
+            )
             return results
         call.sums(call.initial, call.part(call.Tk, call.DV), last=last)
         if out.numel() == 0:
@@ -35,7 +38,7 @@ def linear_attention(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Te
         segment = call.part(call.Tq, call.DV)
         if softmax:
             scale = 1.0 if call.normalize else call.scale
-            call.queries(out, over_sums(last), segment, scale=scale, map=IDENTITY.value)
+            call.queries(out, over_sums(last), segment, scale=scale, as_map=IDENTITY.value)
         else:
             call.queries(out, last, segment, normalizer=normalizer, scale=call.scale, normalize=call.normalize)
     return results

@@ -17,13 +17,18 @@ from fastnlp_ops._triton.linear_attention_states import linear_attention_scan_ke
 from fastnlp_ops._triton.linear_attention_tiles import COSINE, EXP, IDENTITY, SOFTMAX
 from fastnlp_ops._triton.log_sum_exp import compute_dtype
 
-# Tokens of a block, columns of the result that a program has, and warps: by bytes of a tile's elements, and by weight, for
-# out and dv, and for dq and dk, which hold gradients of denominators besides. Weight is one for products over 128
-# channels, two for 256, and one more for each of what takes registers: decays, maxima or several query heads for a key,
-# and a card whose warps cannot multiply from shared memory. tests/test_linear_attention_compiled.py sees what spills.
+# Tokens of a block, columns of the result that a program has, and warps: by bytes of a tile's elements, and by weight,
+# for out and dv, and for dq and dk, which hold gradients of denominators besides. Weight is one for products over 128
+# channels, two for 256, and more for what takes registers: decays, maxima, several query heads for a key, and cards
+# whose warps cannot multiply from shared memory. tests/test_linear_attention_compiled.py sees what spills.
 _TILES = {
-    2: (((32, 64, 4), (32, 64, 4)), ((32, 128, 8), (32, 64, 8)), ((32, 32, 8), (32, 32, 8)), ((16, 32, 8), (16, 16, 8))),
-    4: (((32, 64, 8), (32, 32, 8)), ((32, 32, 8), (32, 32, 8)), ((16, 32, 8), (16, 16, 8)), ((16, 16, 8), (16, 16, 8))),
+    2: (
+        ((32, 64, 4), (32, 64, 4)),
+        ((32, 128, 8), (32, 64, 8)),
+        ((16, 32, 8), (16, 32, 8)),
+        ((16, 32, 8), (16, 16, 8)),
+    ),
+    4: (((16, 32, 4), (16, 32, 4)), ((16, 32, 8), (16, 16, 8)), ((16, 16, 8), (16, 16, 8)), ((16, 16, 8), (16, 16, 8))),
     8: (((16, 32, 4), (16, 32, 4)), ((16, 32, 8), (16, 16, 8)), ((16, 16, 8), (16, 16, 8)), ((16, 16, 8), (16, 16, 8))),
 }
 _LEAST_SEGMENT = 256  # tokens; a state of 128 x 128 is as much to write as 128 tokens are to read
@@ -68,7 +73,8 @@ NOTHING = State(None, None)
 @dataclasses.dataclass
 class Gradients:
     """What comes from above, for each query: dout [B, T, H, Dv], a factor for it (None: a scale), the gradient of the
-    denominator, and logarithms of denominators."""
+    denominator, and logarithms of denominators.
+    """
 
     dout: Tensor
     scale: float
@@ -102,7 +108,9 @@ class Call:
         check(k.dim() == 4, f"k must be [B, Tk, Hkv, Dk], got shape {tuple(k.shape)}")
         check(v.dim() == 4, f"v must be [B, Tk, Hkv, Dv], got shape {tuple(v.shape)}")
         (self.B, self.Tq, self.H, self.DK), (_, self.Tk, self.heads, self.DV) = q.shape, v.shape
-        check(self.heads > 0 and self.H % self.heads == 0, f"q must have a multiple of {self.heads} heads, got {self.H}")
+        check(
+            self.heads > 0 and self.H % self.heads == 0, f"q must have a multiple of {self.heads} heads, got {self.H}"
+        )
         check(0 < self.DK <= 256, f"q must have 1 to 256 channels on CUDA, got {self.DK}")
         check(0 < self.DV <= 256, f"v must have 1 to 256 channels on CUDA, got {self.DV}")
         check_tensor("k", k, (self.B, self.Tk, self.heads, self.DK), q.dtype, q)
@@ -111,7 +119,13 @@ class Call:
         check(not causal or feature_map != SOFTMAX.value, "softmax must not be causal")
         check(causal or log_decay is None, "log_decay must come with causal")
         self.device, self.dtype, self.compute = q.device, q.dtype, compute_dtype(q)
-        self.group, self.causal, self.normalize, self.scale, self.eps = self.H // self.heads, causal, normalize, scale, eps
+        self.group, self.causal, self.normalize, self.scale, self.eps = (
+            self.H // self.heads,
+            causal,
+            normalize,
+            scale,
+            eps,
+        )
         self.feature_map, self.bias = feature_map, int(feature_map == COSINE.value)
         self.exponential = feature_map in (EXP.value, SOFTMAX.value)
         self.map = EXP.value if self.exponential else IDENTITY.value if self.bias else feature_map
@@ -190,7 +204,7 @@ class Call:
         inner, outer = (max(16, triton.next_power_of_2(width)) for width in (self.DK, self.DV))
         if turned:
             inner, outer = outer, inner
-        weight = max(0, inner.bit_length() - 7) + (_architecture(self.q) not in (9, 10))
+        weight = max(0, inner.bit_length() - 7) + {9: 0, 10: 0, 12: 2}.get(_architecture(self.q), 1)
         weight += self.log_decay is not None or self.map == EXP.value or self.group > 1
         block, columns, warps = _tile(self.dtype, weight, turned)
         return inner, min(columns, outer), block, warps
@@ -201,7 +215,7 @@ class Call:
         return tokens // segment + self.N
 
     def whole(self, tokens: int, width: int) -> int:
-        """Tokens of a causal pass's segments: all, which takes one kernel, or fewer where that would leave the GPU idle."""
+        """Tokens of a causal pass's segments: all, in one kernel, or fewer where that would leave the GPU idle."""
         lanes = self.heads * triton.cdiv(width, 64)
         if self.N * lanes >= _programs(self.q):
             return tokens + 1
@@ -214,29 +228,30 @@ class Call:
 
     def sums(
         self, start: State, segment: int, above: Gradients | None = None, last: State | None = None,
-        map: int | None = None,
+        as_map: int | None = None,
     ) -> State:  # fmt: skip
         """Sums over keys, or with what comes from above over queries. The states before each segment (behind, of
-        queries), or those after all in `last`."""
+        queries), or those after all in `last`.
+        """
         queries = above is not None
         tokens, cu_seqlens = (self.Tq, self.cu_seqlens_q) if queries else (self.Tk, self.cu_seqlens_k)
         slots = self.slots(tokens, cu_seqlens, segment)
         state = self.state(slots)
-        map = self.map if map is None else map
+        as_map = self.map if as_map is None else as_map
         total = self.q.new_empty(slots, self.heads, dtype=self.compute) if self.log_decay is not None else None
         above = above or Gradients(self.v, 1.0)
         self._launch(
             linear_attention_sums_kernel, tokens, cu_seqlens, segment, False, q_ptr=self.q,
             dout_ptr=above.dout, normalizer_ptr=above.logarithms, factor_ptr=above.factor, delta_ptr=above.delta,
             mask_ptr=self.mask if self.causal or not queries else None, total_ptr=total, scale=above.scale,
-            QUERIES=queries, MAP=map, **state.arguments(),
+            QUERIES=queries, MAP=as_map, **state.arguments(),
         )  # fmt: skip
         outer, rows = max(16, triton.next_power_of_2(self.DV)), 16
         columns = triton.cdiv(self.F, rows)
         linear_attention_scan_kernel[(self.N * self.heads * columns,)](
             total_ptr=total, cu_ptr=cu_seqlens, tokens=tokens, segment=segment,
             segments=triton.cdiv(max(tokens, 1), segment), sequences=self.N, heads=self.heads, columns=columns,
-            REVERSE=queries, MAP=map, F=self.F, DV=self.DV, ROWS=rows, OUTER=outer, num_warps=4,
+            REVERSE=queries, MAP=as_map, F=self.F, DV=self.DV, ROWS=rows, OUTER=outer, num_warps=4,
             enable_fp_fusion=True, **state.arguments(), **start.arguments("start_"),
             **(last or NOTHING).arguments("last_"),
         )  # fmt: skip
@@ -244,7 +259,7 @@ class Call:
 
     def queries(
         self, result: Tensor, state: State, segment: int, *, normalizer: Tensor | None = None, scale: float = 1.0,
-        above: Gradients | None = None, last: State = NOTHING, normalize: bool = False, map: int | None = None,
+        above: Gradients | None = None, last: State = NOTHING, normalize: bool = False, as_map: int | None = None,
     ) -> None:  # fmt: skip
         """out, or with what comes from above dq, of queries that read the state."""
         gradient = above is not None
@@ -253,7 +268,7 @@ class Call:
             linear_attention_queries_kernel, self.Tq, self.cu_seqlens_q, segment, gradient, q_ptr=self.q,
             dout_ptr=above.dout, result_ptr=result, normalizer_ptr=above.logarithms, factor_ptr=above.factor,
             delta_ptr=above.delta, mask_ptr=self.mask if self.causal else None, scale=above.scale, eps=self.eps,
-            GRADIENT=gradient, CAUSAL=self.causal, NORMALIZE=normalize, MAP=self.map if map is None else map,
+            GRADIENT=gradient, CAUSAL=self.causal, NORMALIZE=normalize, MAP=self.map if as_map is None else as_map,
             **state.arguments(), **last.arguments("last_"),
         )  # fmt: skip
 

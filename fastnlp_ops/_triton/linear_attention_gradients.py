@@ -35,9 +35,7 @@ def _in_front(call: Call, last: State) -> State:
     return State(last.kv * weight[..., None], last.key_sum * weight)
 
 
-def gradients(
-    call: Call, dout: Tensor, out: Tensor, normalizer: Tensor | None, final: State, dfinal: State
-) -> Results:
+def gradients(call: Call, dout: Tensor, out: Tensor, normalizer: Tensor | None, final: State, dfinal: State) -> Results:
     q, k, v = call.raw
     cosine = call.feature_map == COSINE.value
     # Of cosine+1 dq and dk are those of unit vectors first, which one more pass takes to q and k.
@@ -90,7 +88,7 @@ def gradients(
 
 def _softmax(call: Call, dout: Tensor, final: State, dfinal: State, dk: Tensor, dv: Tensor) -> Results:
     """out = softmax(q) W, W = kv / key_sum: products alone for queries, and for keys those of exp."""
-    q, k, _ = call.raw
+    q = call.raw[0]
     if call.N * call.H == 0:
         return torch.empty_like(q), dk, dv, None, call.initial
     above = Gradients(dout, 1.0 if call.normalize else call.scale)
@@ -98,8 +96,8 @@ def _softmax(call: Call, dout: Tensor, final: State, dfinal: State, dk: Tensor, 
     dphi = torch.empty(q.shape, dtype=call.compute, device=q.device)
     segment = call.part(call.Tq, max(call.DK, call.DV))
     if dphi.numel():
-        call.queries(dphi, read, segment, above=above, map=IDENTITY.value)
-    last = call.sums(NOTHING, segment, above, last=call.state(call.N), map=IDENTITY.value)
+        call.queries(dphi, read, segment, above=above, as_map=IDENTITY.value)
+    last = call.sums(NOTHING, segment, above, last=call.state(call.N), as_map=IDENTITY.value)
     inverse = _inverse(final.key_sum)
     kv = last.kv * inverse[..., None]
     key_sum = -(last.kv * read.kv).sum(-1) * inverse

@@ -44,7 +44,9 @@ def query_exponents(
 
 
 @triton.jit
-def query_values(dout_ptr, factor_ptr, at, live, first, scale, compute: tl.constexpr, DV: tl.constexpr, Y: tl.constexpr):
+def query_values(
+    dout_ptr, factor_ptr, at, live, first, scale, compute: tl.constexpr, DV: tl.constexpr, Y: tl.constexpr
+):
     """dout over the denominator, or times `scale`."""
     dout = load_tile(dout_ptr, at, DV, live, first, DV, Y).to(compute)
     if factor_ptr is None:
@@ -186,9 +188,7 @@ def linear_attention_keys_kernel(
             if CAUSAL:
                 gained = tl.zeros([OUTER], compute)
                 if decay_ptr is not None:
-                    g, total = decays(
-                        decay_ptr + b * decay_stride_b + head * decay_stride_h, row, decay_stride_t, seen
-                    )
+                    g, total = decays(decay_ptr + b * decay_stride_b + head * decay_stride_h, row, decay_stride_t, seen)
                     between = decays_between(-g, -g, future, compute)
                     near, far = tl.exp((total - g).to(compute)), tl.exp(g.to(compute))
                     carried = tl.exp(total.to(compute))

@@ -3,7 +3,7 @@
     out_t = (q_t S_t + sum_{j <= t in the block} sim_tj v_j) / z_t               S = sum_j k_j^T v_j before the block
     dq_t  = (dout_t S_t^T + delta_t z) + sum_j (dout_t . v_j + delta_t) k_j      through the feature map
 
-Both are one kernel: a = q or dout meets a state [INNER, OUTER], which is held in registers, and scores a b^T of its block.
+Both are one kernel: a = q or dout meets a state [INNER, OUTER], held in registers, and scores a b^T of its block.
 Without causal the state is that of all keys, and nothing is added to it.
 """
 
@@ -85,9 +85,7 @@ def linear_attention_queries_kernel(
     BLOCK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    column, head, slot, n, b, begin, end, _, last = locate(
-        cu_ptr, tokens, segment, segments, sequences, heads, columns
-    )
+    column, head, slot, n, b, begin, end, _, last = locate(cu_ptr, tokens, segment, segments, sequences, heads, columns)
     if (begin >= end) & (not last):
         return
     compute: tl.constexpr = tl.float64 if q_ptr.dtype.element_ty == tl.float64 else tl.float32
@@ -146,9 +144,7 @@ def linear_attention_queries_kernel(
                     k = feature_map(k, seen, x_first, MAP, DK)
                 weight = seen.to(compute)
                 if decay_ptr is not None:
-                    g, total = decays(
-                        decay_ptr + b * decay_stride_b + head * decay_stride_h, row, decay_stride_t, seen
-                    )
+                    g, total = decays(decay_ptr + b * decay_stride_b + head * decay_stride_h, row, decay_stride_t, seen)
                     between = decays_between(g, g, past, compute)
                     near, carried = tl.exp(g.to(compute)), tl.exp(total.to(compute))
                     weight *= tl.exp((total - g).to(compute))

@@ -66,8 +66,8 @@ def map_rows(x: Tensor, feature_map: int, mask: Tensor | None = None, dphi: Tens
     block = max(1, 2048 // width)
     if rows:
         linear_attention_map_rows_kernel[(triton.cdiv(rows, block),)](
-            x, dphi, result, mask, rows, x.shape[1], x.shape[2], *x.stride()[:3], SIZE=x.shape[3], WIDTH=width, ROWS=block,
-            MAP=feature_map, num_warps=4, enable_fp_fusion=True,
+            x, dphi, result, mask, rows, x.shape[1], x.shape[2], *x.stride()[:3], SIZE=x.shape[3], WIDTH=width,
+            ROWS=block, MAP=feature_map, num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
     return result
 
@@ -113,7 +113,8 @@ def row_gradients(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """(factor, delta, products) [B, T, H]: what dout is multiplied by (None: `scale`), gradients of denominators, and
     phi(q) . dphi(q), which a decay's gradient takes. Normalised rows do not change with the size of phi(q): there it is
-    0, unless the denominator was guarded."""
+    0, unless the denominator was guarded.
+    """
     compute = compute_dtype(dout)
 
     def empty(wanted: bool) -> Tensor | None:

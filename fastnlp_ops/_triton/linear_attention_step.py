@@ -7,7 +7,15 @@ from torch import Tensor
 
 from fastnlp_ops._triton.global_pointer_spans import check, check_tensor, guard
 from fastnlp_ops._triton.linear_attention_rows import map_rows
-from fastnlp_ops._triton.linear_attention_tiles import COSINE, EXP, SOFTMAX, feature_map, load_tile, rescaling, times_exp
+from fastnlp_ops._triton.linear_attention_tiles import (
+    COSINE,
+    EXP,
+    SOFTMAX,
+    feature_map,
+    load_tile,
+    rescaling,
+    times_exp,
+)
 from fastnlp_ops._triton.log_sum_exp import compute_dtype
 
 
@@ -82,9 +90,9 @@ def linear_attention_step_kernel(
         if BIAS:
             tl.store(kv_ptr + outer, row0, mask=outer < DV)
         for h in range(GROUP):
-            q = load_tile(
-                q_ptr + b * q_stride_b + (head * GROUP + h) * q_stride_h, one, 1, there, 0, DK, INNER
-            ).to(compute)
+            q = load_tile(q_ptr + b * q_stride_b + (head * GROUP + h) * q_stride_h, one, 1, there, 0, DK, INNER).to(
+                compute
+            )
             if MAP == EXP:
                 a = tl.reshape(q, [INNER]) + top
                 shift = tl.max(a, 0)

@@ -1,8 +1,8 @@
 """What the linear_attention kernels do alike: places, feature maps, tiles, states.
 
 Every kernel keeps a state for each sequence and key head, kv [F, Dv] = sum phi(k)^T v and key_sum [F] = sum phi(k), or
-the same sums of phi(q), dout and the denominators' gradients. With "cosine+1", F = Dk + 1, and row 0 is the sum of v and
-the count; for "exp" and "softmax" the rows are relative to e^key_max.
+the same sums of phi(q), dout and the denominators' gradients. With "cosine+1", F = Dk + 1, and row 0 is the sum of v
+and the count; for "exp" and "softmax" the rows are relative to e^key_max.
 """
 
 import triton
@@ -124,7 +124,8 @@ def exp_rows(x, top):
 def steps_of(top, low, before, BLOCK: tl.constexpr):
     """1, or BLOCK where rows must go one by one: a maximum would rise so far that the first rows lose their keys.
 
-    top, low: of the block's exponents in each channel. Where no key was seen yet, none is lost before the first."""
+    top, low: of the block's exponents in each channel. Where no key was seen yet, none is lost before the first.
+    """
     rise = top - tl.where(before == float("-inf"), low, before)
     return tl.where(tl.max(rise, 0) > RISE, BLOCK, 1)
 
@@ -133,16 +134,18 @@ def steps_of(top, low, before, BLOCK: tl.constexpr):
 def split_finite(c):
     """c with 0 for what is not finite, and which rows had such.
 
-    What is masked out of a tile of scores is 0, and 0 times infinity would still be NaN in rows of earlier tokens."""
+    What is masked out of a tile of scores is 0, and 0 times infinity would still be NaN in rows of earlier tokens.
+    """
     nothing = c * 0.0
     return tl.where(nothing == 0.0, c, 0.0), tl.sum(nothing, 1) != 0.0
 
 
 @triton.jit
 def decays(decay_ptr, row, stride, there):
-    """(G, sum) of the block's log decays g, G_t = sum of g up to t, in float64. A masked token does not decay the state.
+    """(G, sum) of the block's log decays g, G_t = sum of g up to t, in float64. A masked token decays nothing.
 
-    Beneath the bound e^g is 0 anyway, and -inf is no NaN."""
+    Beneath the bound e^g is 0 anyway, and -inf is no NaN.
+    """
     g = tl.load(decay_ptr + row * stride, mask=there, other=0.0)
     lowest: tl.constexpr = -800.0 if g.dtype == tl.float64 else -120.0
     g = tl.where(g < lowest, lowest, g).to(tl.float64)
@@ -153,7 +156,8 @@ def decays(decay_ptr, row, stride, there):
 def decays_between(late, early, where, dtype: tl.constexpr):
     """e^(late - early) [rows of late, rows of early] of what `decays` gave, 1 elsewhere.
 
-    As high and low parts: differences of float32 would lose digits, those of float64 are slow on most GPUs."""
+    As high and low parts: differences of float32 would lose digits, those of float64 are slow on most GPUs.
+    """
     late_high, early_high = late.to(dtype), early.to(dtype)
     late_low, early_low = (late - late_high.to(tl.float64)).to(dtype), (early - early_high.to(tl.float64)).to(dtype)
     exponent = (late_high[:, None] - early_high[None, :]) + (late_low[:, None] - early_low[None, :])
@@ -176,7 +180,8 @@ def load_state(
 ):
     """(state [INNER, OUTER], its row [OUTER], its column [INNER], corner) of the output's columns from `first` on.
 
-    (kv, row 0, key_sum, count), or turned: (kv^T, key_sum, nothing, nothing). None is a state of zeros."""
+    (kv, row 0, key_sum, count), or turned: (kv^T, key_sum, nothing, nothing). None is a state of zeros.
+    """
     inner = tl.arange(0, INNER)
     outer = first + tl.arange(0, OUTER)
     state = tl.zeros([INNER, OUTER], dtype)
