@@ -43,7 +43,7 @@ def compile_for(architecture, monkeypatch, function, *arguments, **options):
 
 @pytest.mark.long
 @pytest.mark.parametrize("size", [64, 128])
-@pytest.mark.parametrize("architecture", [80, 90, 100])
+@pytest.mark.parametrize("architecture", [80, 90, 100, 120])
 def test_compiled(architecture, size, monkeypatch):
     names = compile_for(architecture, monkeypatch, launch, torch.bfloat16, size)
     kernels = [name for name in names if name in PRODUCTS]

@@ -183,7 +183,8 @@ def linear_attention_keys_kernel(
             z = tl.sum(a * sums[None, :], 1)
             a = a.to(operand)
             y = tl.dot(a, state.to(operand), input_precision=PRECISION)
-            z += count
+            if BIAS:
+                z += count
             behind = tl.zeros([BLOCK], compute) + 1.0
             if CAUSAL:
                 gained = tl.zeros([OUTER], compute)
