@@ -1,4 +1,6 @@
-"""The network below every head: hashed word features, convolutions for the neighbours, an LSTM for what is further."""
+"""The network below every head: hashed word features, convolutions for the neighbours, and linear attention in both
+directions for what is further.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +11,15 @@ from functools import cache
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence, pad_sequence
+from torch.nn import functional as F  # noqa: N812  (torch's own name for it)
+from torch.nn.utils.rnn import pad_sequence
+
+from fastnlp_ops import linear_attention
 
 BUCKETS = 1 << 14
 WIDTH = 96
 LAYERS = 3
+HEADS = 4  # in each direction
 
 
 @cache
@@ -48,6 +54,21 @@ def random_batches(count: int, batch_size: int, steps: int, seed: int) -> Iterat
         del order[:batch_size]
 
 
+class Memory(nn.Module):
+    """What a word finds in those before it [B, T, WIDTH / 2]; each word says how much of them is to fade."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.projection = nn.Linear(WIDTH, 3 * WIDTH // 2 + HEADS)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        *parts, keep = self.projection(x).split([WIDTH // 2] * 3 + [HEADS], -1)
+        q, k, v = (part.unflatten(-1, (HEADS, -1)) for part in parts)
+        # Of what it remembers a head keeps 88% at each word to begin with.
+        log_decay = F.logsigmoid(keep + 2)
+        return linear_attention(q, k, v, causal=True, key_padding_mask=mask, log_decay=log_decay).flatten(2)
+
+
 class Encoder(nn.Module):
     """Word features to hidden states [B, T, WIDTH]."""
 
@@ -57,7 +78,9 @@ class Encoder(nn.Module):
         nn.init.normal_(self.embedding.weight, std=0.1)  # small: an unseen word is to say little
         self.layers = nn.ModuleList(nn.Conv1d(WIDTH, WIDTH, 5, padding="same") for _ in range(LAYERS))
         self.norms = nn.ModuleList(nn.LayerNorm(WIDTH) for _ in range(LAYERS))
-        self.recurrent = nn.LSTM(WIDTH, WIDTH // 2, bidirectional=True, batch_first=True)
+        self.before, self.behind = Memory(), Memory()
+        self.memory_norm = nn.LayerNorm(WIDTH)
+        self.output = nn.Linear(WIDTH, WIDTH)
 
     def forward(self, features: Tensor, mask: Tensor) -> Tensor:
         on = mask[..., None]
@@ -65,6 +88,6 @@ class Encoder(nn.Module):
         for layer, norm in zip(self.layers, self.norms, strict=True):
             # Padding goes in as zeros, so that a text gets the same labels in every batch.
             hidden = hidden + layer((norm(hidden) * on).transpose(1, 2)).transpose(1, 2).relu()
-        packed = pack_padded_sequence(hidden, mask.sum(1), batch_first=True, enforce_sorted=False)
-        recurrent, _ = pad_packed_sequence(self.recurrent(packed)[0], batch_first=True, total_length=mask.shape[1])
-        return hidden + recurrent
+        x = self.memory_norm(hidden)
+        before, behind = self.before(x, mask), self.behind(x.flip(1), mask.flip(1)).flip(1)
+        return hidden + self.output(torch.cat([before, behind], -1))

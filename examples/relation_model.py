@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from fastnlp_ops import GlobalPointer, gplinker_decode
 
 HEAD_SIZE = 64
-CHECKPOINT_FORMAT = "fastnlp_ops example extractor 1"
+CHECKPOINT_FORMAT = "fastnlp_ops example extractor 2"
 
 
 class Example(NamedTuple):

@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 from fastnlp_ops import CRF, EfficientGlobalPointer, reference, transition_mask
 
 HEAD_SIZE = 64
-CHECKPOINT_FORMAT = "fastnlp_ops example tagger 2"
+CHECKPOINT_FORMAT = "fastnlp_ops example tagger 3"
 
 
 class Labels(NamedTuple):

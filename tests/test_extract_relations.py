@@ -181,7 +181,7 @@ def test_bad_training_files(tmp_path, capsys, train, test, sentence):
 
 def test_bad_arguments(tmp_path, capsys):
     other = tmp_path / "checkpoint.pt"
-    torch.save({"format": "fastnlp_ops example tagger 2"}, other)
+    torch.save({"format": "fastnlp_ops example tagger 3"}, other)
     source = write(tmp_path / "bad.py", "x = (")
     for arguments, sentence in (
         (["--test", "a"], "--train and --test go together: give both, or neither for the standard library"),
