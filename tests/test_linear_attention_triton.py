@@ -26,7 +26,7 @@ RUNS = {
     "gradients": ("test_linear_attention.py", f"test_backward and not test_backward_of_some and f32 and {ANY}", 28),
     "float64": ("test_linear_attention.py", "(test_forward or test_backward) and f64 and (gate-elu or left-exp)", 4),
     "maxima": ("test_linear_attention_adversarial.py", "maxima_that_move and exp and (rising or late or steps)", 6),
-    "numbers": ("test_linear_attention_adversarial.py", "bad_numbers and (elu or exp) and nan", 6),
+    "numbers": ("test_linear_attention_adversarial.py", "bad_numbers and elu and nan and causal", 3),
     "steps": (
         "test_linear_attention_step.py",
         "(steps_are and (exp or elu)) or steps_with_decay or maxima or in_place",
