@@ -29,8 +29,8 @@ RUNS = {
     "numbers": ("test_linear_attention_adversarial.py", "bad_numbers and elu and nan and causal", 3),
     "steps": (
         "test_linear_attention_step.py",
-        "(steps_are and (exp or elu)) or steps_with_decay or maxima or in_place",
-        10,
+        "(steps_are and wide and (elu+1 or exp)) or (steps_with_decay and cosine) or (maxima and exp) or in_place",
+        8,
     ),
 }
 
