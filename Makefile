@@ -13,8 +13,9 @@ BUILT := build/$(subst /,_,$(VENV)).built
 help:  ## list the commands
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile | expand -t 16
 
-demo: $(BUILT)  ## train a tagger on Python source and watch it label (QUICK=1: half a minute)
+demo: $(BUILT)  ## train a tagger on Python source, then with three optimizers (QUICK=1: a minute)
 	$(BIN)/python examples/label_python.py $(if $(QUICK),--quick)
+	$(BIN)/python examples/compare_optimizers.py $(if $(QUICK),--quick)
 
 test: $(BUILT)  ## run every test (QUICK=1: without the long ones; ARGS="-k viterbi": some)
 	$(BIN)/python -m pytest $(if $(QUICK),-m "not long") $(ARGS)

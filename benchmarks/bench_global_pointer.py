@@ -248,9 +248,9 @@ def floor(case: Case, inputs: Inputs, ceilings: Ceilings) -> float:
     """Seconds that the larger of these needs, at the rates measured in the same run:
 
     bytes: q and k read, and for training once more and their gradients written;
-    arithmetic: d multiply-adds for each valid cell and head (training: four times, as dq and dk are a product each and
-      scores are computed again) and an exponential of EXPONENTIAL multiply-adds (training: two). Efficient: those for
-      each cell alone, and a multiply-add for each cell and head (training: four), as e^(s + a + c) = e^s e^a e^c.
+    arithmetic: d multiply-adds for each valid cell and head (training: three times, as dq and dk are a product each)
+      and an exponential of EXPONENTIAL multiply-adds. Efficient: those for each cell alone, and a multiply-add for each
+      cell and head (training: three), as e^(s + a + c) = e^s e^a e^c.
     """
     cells = (inputs.lengths * (inputs.lengths + 1) / 2).sum().item()
     *_, heads, size = inputs.shape
@@ -259,8 +259,8 @@ def floor(case: Case, inputs: Inputs, ceilings: Ceilings) -> float:
     nbytes += sum(leaf.nbytes for leaf in bias)
     train = case.pass_name in (TRAIN, EFFICIENT_TRAIN)
     dots = cells * projection.shape[2]
-    products = (dots * size + (cells * heads if bias else 0)) * (4 if train else 1)
-    exponentials = 0 if case.op == "global_pointer_decode" else dots * (2 if train else 1)
+    products = (dots * size + (cells * heads if bias else 0)) * (3 if train else 1)
+    exponentials = 0 if case.op == "global_pointer_decode" else dots
     arithmetic = ceilings.fma_s(products, case.dtype) + ceilings.fma_s(EXPONENTIAL * exponentials)
     return max(ceilings.copy_s(nbytes * (3 if train else 1)), arithmetic)
 

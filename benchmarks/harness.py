@@ -65,6 +65,7 @@ class Work(NamedTuple):
     outputs: Callable[[Any], dict[str, Tensor]]  # what run() returned, named as in truth()
     inputs: Sequence[Tensor] = ()  # storages that do not count as saved for backward
     graph: bool = False  # on CUDA, time a graph replay too
+    kept: float | None = None  # bytes that stay between two runs, an optimizer's state
 
 
 class Accuracy(NamedTuple):
@@ -285,6 +286,8 @@ def run_case(
                 peak[name] = peak_bytes(work.run, device)
                 if case.pass_name.endswith("forward+backward"):
                     saved[name] = saved_bytes(work.run, work.inputs)
+                elif work.kept is not None:
+                    saved[name] = work.kept
         if works:
             outcome.rounds = interleave({name: work.run for name, work in works.items()}, device, budget_s)
             outcome.floor_ms = family.floor(case, inputs, ceilings[count]) * 1e3

@@ -3,7 +3,8 @@
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(fastnlp_ops, m) {
-  // Linear-chain CRF. `messages` is what the backward pass needs beside the inputs (docs: csrc/cpu/crf.cpp).
+  // Linear-chain CRF. `messages` is what the backward pass needs beside the inputs (docs: csrc/cpu/crf.cpp). With
+  // `check_start` a masked first step is an error on CPU, as in torchcrf.
   m.def(
       "crf_log_partition(Tensor emissions, Tensor transitions, Tensor? start_transitions, Tensor? end_transitions, "
       "Tensor? mask, Tensor? cu_seqlens, bool save_messages) -> (Tensor log_partition, Tensor messages)");
@@ -13,7 +14,7 @@ STABLE_TORCH_LIBRARY(fastnlp_ops, m) {
       "(Tensor demissions, Tensor dtransitions, Tensor dstart_transitions, Tensor dend_transitions)");
   m.def(
       "crf_log_likelihood(Tensor emissions, Tensor tags, Tensor transitions, Tensor? start_transitions, "
-      "Tensor? end_transitions, Tensor? mask, Tensor? cu_seqlens, bool save_messages) -> "
+      "Tensor? end_transitions, Tensor? mask, Tensor? cu_seqlens, bool save_messages, bool check_start=False) -> "
       "(Tensor log_likelihood, Tensor messages)");
   m.def(
       "crf_log_likelihood_backward(Tensor grad, Tensor messages, Tensor emissions, Tensor tags, Tensor transitions, "
@@ -21,7 +22,7 @@ STABLE_TORCH_LIBRARY(fastnlp_ops, m) {
       "(Tensor demissions, Tensor dtransitions, Tensor dstart_transitions, Tensor dend_transitions)");
   m.def(
       "crf_viterbi(Tensor emissions, Tensor transitions, Tensor? start_transitions, Tensor? end_transitions, "
-      "Tensor? mask, Tensor? cu_seqlens) -> (Tensor paths, Tensor scores)");
+      "Tensor? mask, Tensor? cu_seqlens, bool check_start=False) -> (Tensor paths, Tensor scores)");
   m.def(
       "crf_viterbi_n_best(Tensor emissions, Tensor transitions, Tensor? start_transitions, Tensor? end_transitions, "
       "Tensor? mask, Tensor? cu_seqlens, int n_best) -> (Tensor paths, Tensor scores)");
@@ -64,11 +65,12 @@ STABLE_TORCH_LIBRARY(fastnlp_ops, m) {
 #define SPAN_GRADIENTS "(Tensor dq, Tensor dk, Tensor dstart_bias, Tensor dend_bias)"
   m.def("global_pointer_scores(Tensor q, Tensor k, " SPAN_OPTIONS ") -> Tensor");
   m.def("global_pointer_scores_backward(Tensor dscores, Tensor q, Tensor k, " SPAN_OPTIONS ") -> " SPAN_GRADIENTS);
+  // `saved` is what the backward pass can use beside the inputs (global_pointer_ops.cpp); it may be empty.
   m.def("global_pointer_loss(Tensor q, Tensor k, Tensor cells, " SPAN_OPTIONS
-        ") -> (Tensor log_negative, Tensor log_positive)");
+        ", bool save_gradients) -> (Tensor log_negative, Tensor log_positive, Tensor saved)");
   m.def(
-      "global_pointer_loss_backward(Tensor dloss, Tensor log_negative, Tensor log_positive, Tensor q, Tensor k, "
-      "Tensor cells, " SPAN_OPTIONS ") -> " SPAN_GRADIENTS);
+      "global_pointer_loss_backward(Tensor dloss, Tensor log_negative, Tensor log_positive, Tensor saved, Tensor q, "
+      "Tensor k, Tensor cells, " SPAN_OPTIONS ") -> " SPAN_GRADIENTS);
   m.def(
       "global_pointer_divergence(Tensor q1, Tensor k1, Tensor? start_bias1, Tensor? end_bias1, Tensor q2, Tensor "
       "k2, " SPAN_OPTIONS ") -> Tensor");
@@ -123,6 +125,12 @@ STABLE_TORCH_LIBRARY(fastnlp_ops, m) {
       "sparse_multilabel_categorical_crossentropy_double_backward(Tensor dloss, Tensor dscores_grad, Tensor "
       "log_negative, "
       "Tensor log_positive, Tensor scores, Tensor indices) -> (Tensor ddloss, Tensor dscores)");
+  // Adafactor: one step of many parameters, in place (csrc/adafactor.h says what each argument holds).
+  m.def(
+      "adafactor_step_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] rows, Tensor(c!)[] cols, "
+      "Tensor(d!)[] vectors, Tensor(e!)[] moments, Tensor(f!)[] averages, Tensor(g!) steps, Tensor(h!)? rms, "
+      "Tensor lr, int[] group_of, float[] options, Tensor? grad_scale, Tensor? found_inf, float max_grad_norm, "
+      "bool skip_nonfinite, int seed, int[] ids, Tensor(i!)? sums, int[] shards, int phases) -> ()");
 
   // Linear attention. feature_map: 0 identity, 1 elu+1, 2 relu, 3 relu^2, 4 exp, 5 softmax, 6 cosine+1. An empty tensor
   // stands for a result that does not apply. `normalizer` is what the backward pass needs beside inputs and output.

@@ -12,7 +12,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from sentences import Score
-from training import Run, Step
+from training import Run, Step, Trained
 
 if TYPE_CHECKING:
     from decode_stream import Stream
@@ -50,6 +50,34 @@ def save_loss_and_scores(path: Path, losses: list[float], scores: dict[str, Scor
     left.set(title="Training loss", xlabel="step", ylabel="multilabel cross entropy", yscale="log")
     draw_scores(right, scores)
     right.set_title("F1 on held-out text")
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def save_optimizers(path: Path, optimizers: list[Trained], level: float) -> None:
+    """Loss, memory of the optimizers' states and time of their steps."""
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(15, 5), layout="constrained", width_ratios=(1.4, 1, 1))
+    colors = [COMPILED, PLAIN, "tab:gray"][: len(optimizers)]
+    for trained, color in zip(optimizers, colors, strict=True):
+        # Ours under its twin: equal losses show as one line in two colours.
+        line = "-" if color == COMPILED else "--"
+        left.plot(range(1, len(trained.losses) + 1), trained.running_losses(), line, color=color, label=trained.name)
+    left.axhline(level, color="black", linewidth=0.5)
+    left.set(title="Training loss, running mean; all reach the line", xlabel="step", ylabel="CRF and spans")
+    left.set_yscale("log")
+    left.legend()
+    names = [
+        f"{trained.name}\n{trained.steps_to(level)} steps to the line".replace(" ", "\n", 1) for trained in optimizers
+    ]
+    memory, time = "Memory of the optimizer's state", "Median time of the optimizer's step"
+    for axes, title, unit, values in (
+        (middle, memory, "MiB", [trained.state_bytes() / 2**20 for trained in optimizers]),
+        (right, time, "milliseconds", [trained.milliseconds() for trained in optimizers]),
+    ):
+        bars = axes.bar(names, values, color=colors)
+        axes.bar_label(bars, [f"{value:.3g}" for value in values], padding=2)
+        axes.set(title=title, ylabel=unit, yscale="log", ylim=(min(values) / 3, 3 * max(values)))
+        axes.tick_params("x", labelsize=8)
     figure.savefig(path, dpi=120)
     plt.close(figure)
 

@@ -7,12 +7,13 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from statistics import median
+from statistics import mean, median
 from typing import NamedTuple
 
 import torch
 from tagger import Batch, Tagger
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
 LEARNING_RATE = 1e-2
 WARM_UP = 20  # steps; without it the first ones overshoot
@@ -23,6 +24,7 @@ ADAM_EPSILON = 1e-6
 # 12 steps. A gradient that was left out showed as 2e-3 in three (the CRF's transitions) or 1e-2 in two (the span
 # biases).
 LOSS_TOLERANCE = 1e-3
+RUNNING = 10  # steps
 # The plain GlobalPointer keeps about ten tensors of this many scores: where sentences are long, it gets fewer of them.
 MOST_SCORES = 1 << 24
 
@@ -39,6 +41,7 @@ class HeadStep(NamedTuple):
 class Step(NamedTuple):
     crf: HeadStep  # the loss: negative log-likelihood per token
     spans: HeadStep  # the loss: per sentence and kind of span
+    update: float  # seconds of the optimizer
     total: float  # seconds, network and optimizer included
 
 
@@ -52,13 +55,19 @@ def head_step(loss_of: Callable[[Tensor], Tensor], head_input: Tensor) -> HeadSt
     return HeadStep(loss.item(), cut.grad, before_backward - begin, time.perf_counter() - before_backward)
 
 
-class Trainer:
-    """Adam with a learning rate that rises over WARM_UP steps and falls linearly to zero at the last of `steps`."""
+def adam(parameters: Iterable[nn.Parameter]) -> Optimizer:
+    return torch.optim.Adam(parameters, LEARNING_RATE, eps=ADAM_EPSILON)
 
-    def __init__(self, tagger: Tagger, steps: int) -> None:
+
+class Trainer:
+    """An optimizer whose learning rate rises over WARM_UP steps and falls linearly to zero at the last of `steps`."""
+
+    def __init__(
+        self, tagger: Tagger, steps: int, make_optimizer: Callable[[Iterable[nn.Parameter]], Optimizer] = adam
+    ) -> None:
         self.tagger = tagger
         self.steps = steps
-        self.optimizer = torch.optim.Adam(tagger.parameters(), LEARNING_RATE, eps=ADAM_EPSILON)
+        self.optimizer = make_optimizer(tagger.parameters())
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self.rate)
 
     def rate(self, step: int) -> float:
@@ -72,9 +81,40 @@ class Trainer:
         crf = head_step(lambda x: -self.tagger.crf(x, batch.tags, batch.mask) / batch.mask.sum(), emissions)
         spans = head_step(lambda x: self.tagger.spans.loss(x, batch.spans, batch.mask), hidden)
         torch.autograd.backward([emissions, hidden], [crf.gradient, spans.gradient])
+        before_update = time.perf_counter()
         self.optimizer.step()
+        end = time.perf_counter()
         self.schedule.step()
-        return Step(crf, spans, time.perf_counter() - begin)
+        return Step(crf, spans, end - before_update, end - begin)
+
+
+@dataclass
+class Trained:
+    """One optimizer's training."""
+
+    name: str
+    trainer: Trainer
+    losses: list[float] = field(default_factory=list)  # of both heads together
+    updates: list[float] = field(default_factory=list)  # seconds
+
+    def step(self, batch: Batch) -> None:
+        step = self.trainer.step(batch)
+        self.losses.append(step.crf.loss + step.spans.loss)
+        self.updates.append(step.update)
+
+    def running_losses(self) -> list[float]:
+        """Means over the last RUNNING steps, so that one easy batch counts for little."""
+        return [mean(self.losses[max(0, end - RUNNING) : end]) for end in range(1, len(self.losses) + 1)]
+
+    def steps_to(self, level: float) -> int:
+        return next(step for step, loss in enumerate(self.running_losses(), 1) if loss <= level)
+
+    def milliseconds(self) -> float:
+        return 1000 * median(self.updates)
+
+    def state_bytes(self) -> int:
+        states = self.trainer.optimizer.state.values()
+        return sum(value.nbytes for state in states for value in state.values() if torch.is_tensor(value))
 
 
 @dataclass

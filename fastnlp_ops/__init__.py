@@ -11,11 +11,14 @@ if _torch.version.cuda is not None and (_folder / "libfastnlp_cuda.so").exists()
     _torch.ops.load_library(_folder / "libfastnlp_cuda.so")
 
 from fastnlp_ops import _triton, reference  # noqa: E402, F401  (what follows needs the ops)
+from fastnlp_ops._ops import adafactor as _adafactor  # noqa: E402, F401
 from fastnlp_ops._ops import crf as _crf  # noqa: E402, F401
 from fastnlp_ops._ops import global_pointer as _global_pointer  # noqa: E402, F401
 from fastnlp_ops._ops import linear_attention as _linear_attention  # noqa: E402, F401
 from fastnlp_ops._ops import memm as _memm  # noqa: E402, F401
 from fastnlp_ops._ops import multilabel as _multilabel  # noqa: E402, F401
+from fastnlp_ops.adafactor import Adafactor, adafactor_in_backward, adafactor_step_  # noqa: E402
+from fastnlp_ops.adafactor_schedule import Lookahead, PiecewiseLinearLR, learning_rate_groups  # noqa: E402
 from fastnlp_ops.compilation import warmup  # noqa: E402
 from fastnlp_ops.crf import (  # noqa: E402
     crf_entropy,
@@ -47,19 +50,26 @@ from fastnlp_ops.multilabel import (  # noqa: E402
     sparse_multilabel_categorical_crossentropy,
 )
 from fastnlp_ops.tag_schemes import spans_to_tags, tags_to_spans, transition_mask  # noqa: E402
+from fastnlp_ops.torch_adafactor import TorchAdafactor  # noqa: E402
 
 try:
     __version__ = _metadata.version("fastnlp_ops")  # pyproject.toml holds the only version string
 except _metadata.PackageNotFoundError:  # a source tree on PYTHONPATH
     __version__ = "0+source"
 __all__ = [
+    "Adafactor",
     "CRF",
+    "Lookahead",
     "MEMM",
     "EfficientGlobalPointer",
     "GlobalPointer",
+    "PiecewiseLinearLR",
+    "TorchAdafactor",
     "LinearAttention",
     "LinearAttentionState",
     "__version__",
+    "adafactor_in_backward",
+    "adafactor_step_",
     "convert_crf_state_dict",
     "convert_global_pointer_state_dict",
     "crf_entropy",
@@ -74,6 +84,7 @@ __all__ = [
     "global_pointer_loss",
     "global_pointer_scores",
     "gplinker_decode",
+    "learning_rate_groups",
     "linear_attention",
     "linear_attention_context_parallel",
     "linear_attention_step",

@@ -1,5 +1,7 @@
 """Argument checks of the CRF functions, and the form in which the ops take the arguments."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -107,6 +109,32 @@ def kernel_inputs(
     return emissions, transitions, start_transitions, end_transitions, mask, cu_seqlens
 
 
+def _is_taken(
+    emissions: Tensor,
+    transitions: Tensor,
+    start_transitions: Tensor | None,
+    end_transitions: Tensor | None,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> bool:
+    """Whether `kernel_inputs` has nothing to convert. Shapes the ops check themselves."""
+    score = torch.float64 if emissions.dtype == torch.float64 else torch.float32
+    device = emissions.device
+    return (
+        emissions.stride(-1) == 1
+        and transitions.dtype == score
+        and transitions.device == device
+        and _is_dense(start_transitions, score, device)
+        and _is_dense(end_transitions, score, device)
+        and _is_dense(mask, torch.bool, device)
+        and _is_dense(cu_seqlens, torch.int64, device)
+    )
+
+
+def _is_dense(x: Tensor | None, dtype: torch.dtype, device: torch.device) -> bool:
+    return x is None or (x.dtype == dtype and x.device == device and x.is_contiguous())
+
+
 def needs_grad(emissions: Tensor, transitions: Tensor, start: Tensor | None, end: Tensor | None) -> bool:
     if not torch.is_grad_enabled():
         return False
@@ -118,7 +146,13 @@ def needs_grad(emissions: Tensor, transitions: Tensor, start: Tensor | None, end
     return needs
 
 
-# The two calls of the module, with positional arguments only: TorchScript knows no others with defaults.
+def _is_traced() -> bool:
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+
+
+# The two calls of the module, with positional arguments only: TorchScript knows no others with defaults. Arguments that
+# the op takes as they are are not checked twice: in a training loop, where none of this is in the processor's caches,
+# the checks above cost as much as a small kernel. Where the op refuses, they say it in their words.
 def log_likelihood(
     emissions: Tensor,
     tags: Tensor,
@@ -127,20 +161,41 @@ def log_likelihood(
     end_transitions: Tensor | None,
     mask: Tensor | None,
     cu_seqlens: Tensor | None,
+    summed: bool,
+    check_start: bool,
 ) -> Tensor:
+    """[B], or their sum; `check_start` raises on CPU where the first step of a sequence is masked."""
+    if not torch.jit.is_scripting():
+        return _log_likelihood(
+            (emissions, transitions, start_transitions, end_transitions, mask, cu_seqlens), tags, summed, check_start
+        )
     e, t, start, end, mask, cu_seqlens = kernel_inputs(
         emissions, transitions, start_transitions, end_transitions, mask, cu_seqlens
     )
-    if not torch.jit.is_scripting():
-        check_tags(tags, emissions)
     tags = tags.to(torch.int64).contiguous()
     save = needs_grad(e, t, start, end)
-    if not torch.jit.is_scripting():
-        traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-        if save and not traced:
-            return EagerLogLikelihood.apply(e, tags, t, start, end, mask, cu_seqlens)
-    value, _ = torch.ops.fastnlp_ops.crf_log_likelihood(e, tags, t, start, end, mask, cu_seqlens, save)
-    return value
+    value, _ = torch.ops.fastnlp_ops.crf_log_likelihood(e, tags, t, start, end, mask, cu_seqlens, save, check_start)
+    return value.sum() if summed else value
+
+
+def _log_likelihood(given: Any, tags: Tensor, summed: bool, check_start: bool) -> Tensor:
+    emissions, *others = given
+    taken = _is_taken(*given) and _is_dense(tags, torch.int64, emissions.device)
+    if not taken:
+        emissions, *others = kernel_inputs(*given)
+        check_tags(tags, emissions)
+        tags = tags.to(torch.int64).contiguous()
+    save = needs_grad(emissions, *others[:3])
+    try:
+        if save and not _is_traced():
+            return EagerLogLikelihood.apply(summed, check_start, emissions, tags, *others)
+        value, _ = torch.ops.fastnlp_ops.crf_log_likelihood(emissions, tags, *others, save, check_start)
+    except ValueError:
+        if taken:
+            _check(*given)
+            check_tags(tags, emissions)
+        raise
+    return value.sum() if summed else value
 
 
 def viterbi(
@@ -151,14 +206,30 @@ def viterbi(
     mask: Tensor | None,
     cu_seqlens: Tensor | None,
     n_best: int,
+    check_start: bool,
 ) -> tuple[Tensor, Tensor]:
     if n_best < 1:
         raise ValueError(f"n_best must be at least 1, got {n_best}")
+    if not torch.jit.is_scripting():
+        given = (emissions, transitions, start_transitions, end_transitions, mask, cu_seqlens)
+        return _viterbi(given, n_best, check_start)
     e, t, start, end, mask, cu_seqlens = kernel_inputs(
         emissions, transitions, start_transitions, end_transitions, mask, cu_seqlens
     )
-    if n_best == 1:
-        paths, scores = torch.ops.fastnlp_ops.crf_viterbi(e, t, start, end, mask, cu_seqlens)
-    else:
-        paths, scores = torch.ops.fastnlp_ops.crf_viterbi_n_best(e, t, start, end, mask, cu_seqlens, n_best)
-    return paths, scores
+    return torch.ops.fastnlp_ops.crf_viterbi(e, t, start, end, mask, cu_seqlens, check_start)
+
+
+def _viterbi(given: Any, n_best: int, check_start: bool) -> tuple[Tensor, Tensor]:
+    taken = _is_taken(*given)
+    arguments = given if taken else kernel_inputs(*given)
+    try:
+        if n_best == 1 and not needs_grad(*arguments[:4]) and not _is_traced():
+            with torch._C._AutoDispatchBelowAutograd():
+                return torch.ops.fastnlp_ops.crf_viterbi.default(*arguments, check_start)
+        if n_best == 1:
+            return torch.ops.fastnlp_ops.crf_viterbi(*arguments, check_start)
+        return torch.ops.fastnlp_ops.crf_viterbi_n_best(*arguments, n_best)
+    except ValueError:
+        if taken:
+            _check(*given)
+        raise

@@ -11,6 +11,7 @@ from fastnlp_ops.global_pointer import (
     global_pointer_loss,
     global_pointer_scores,
 )
+from fastnlp_ops.linear_attention import linear_attention, linear_attention_step
 from fastnlp_ops.multilabel import (
     multilabel_categorical_crossentropy,
     sparse_multilabel_categorical_crossentropy,
@@ -22,7 +23,7 @@ def warmup(*, head_size: int = 64, dtypes: Sequence[torch.dtype] = (torch.float3
 
     Every kernel takes Triton a second or so, once: what is compiled stays in Triton's cache on disk. Covered are the
     ops with their default options and a mask, for GlobalPointer and for Efficient GlobalPointer, on texts of more than
-    32 tokens; what differs compiles when it is first used.
+    32 tokens, and linear attention bidirectional, causal and of one token; what differs compiles when it is first used.
 
     Args:
         head_size (int): channels of q and k in each head.
@@ -40,6 +41,7 @@ def warmup(*, head_size: int = 64, dtypes: Sequence[torch.dtype] = (torch.float3
         _run_global_pointer(head_size, dtype, shared=False)
         _run_global_pointer(head_size, dtype, shared=True)
         _run_multilabel(dtype)
+        _run_linear_attention(head_size, dtype)
     torch.cuda.synchronize()
 
 
@@ -67,3 +69,13 @@ def _run_multilabel(dtype: torch.dtype) -> None:
         multilabel_categorical_crossentropy(scores, labels).backward()
     indices = torch.zeros(2, 1, dtype=torch.int64, device="cuda")
     sparse_multilabel_categorical_crossentropy(scores, indices).backward()
+
+
+def _run_linear_attention(head_size: int, dtype: torch.dtype) -> None:
+    q, k, v = (torch.randn(1, 128, 2, head_size, device="cuda").to(dtype).requires_grad_() for _ in range(3))
+    mask = torch.ones(1, 128, dtype=torch.bool, device="cuda")
+    for causal in (False, True):
+        out, state = linear_attention(q, k, v, causal=causal, key_padding_mask=mask, return_state=True)
+        out.sum().backward()
+    with torch.no_grad():
+        linear_attention_step(q[:, 0], k[:, 0], v[:, 0], state)

@@ -125,7 +125,9 @@ def crf_log_likelihood(
     References:
         Lafferty, McCallum, Pereira: Conditional Random Fields. ICML 2001, section 3.
     """
-    return log_likelihood(emissions, tags, transitions, start_transitions, end_transitions, mask, cu_seqlens)
+    return log_likelihood(
+        emissions, tags, transitions, start_transitions, end_transitions, mask, cu_seqlens, False, False
+    )
 
 
 def crf_marginals(
@@ -218,7 +220,7 @@ def crf_viterbi(
     References:
         Viterbi: Error bounds for convolutional codes. IEEE Trans. Inf. Theory 1967. Rabiner 1989, equations (32)-(35).
     """
-    return viterbi(emissions, transitions, start_transitions, end_transitions, mask, cu_seqlens, n_best)
+    return viterbi(emissions, transitions, start_transitions, end_transitions, mask, cu_seqlens, n_best, False)
 
 
 def crf_sample(

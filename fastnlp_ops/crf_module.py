@@ -1,6 +1,6 @@
 """The CRF layer: torchcrf's module, to the letter, over the compiled ops."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, List  # noqa: UP035  (TorchScript reads List and Optional in signatures)
 
 import torch
@@ -97,24 +97,26 @@ class CRF(nn.Module):
 
     def forward(self, emissions: Tensor, tags: Tensor, mask: Tensor | None = None, reduction: str = "sum") -> Tensor:
         """Log-likelihood of the tags under the model."""
-        self._validate(emissions, tags, mask)
-        if reduction not in ("none", "sum", "mean", "token_mean"):
-            raise ValueError(f"invalid reduction: {reduction}")
-        transitions, start, end = self._scores()
-        e, m = self._batch_first(emissions, mask)
-        if not self.batch_first:
-            tags = tags.transpose(0, 1)
-        result = log_likelihood(e, tags, transitions, start, end, m, None)
-        if reduction == "none":
-            return result
+        known = reduction in ("none", "sum", "mean", "token_mean")
+        if torch.jit.is_scripting() or not known:
+            self._validate(emissions, tags, mask)
+            if not known:
+                raise ValueError(f"invalid reduction: {reduction}")
+            result = self._log_likelihood(emissions, tags, mask, reduction)
+        else:
+            result = self._checked(self._log_likelihood, emissions, tags, mask, reduction)
         if reduction == "mean":
-            return result.mean()
-        total = result.sum()
-        if reduction == "sum":
-            return total
-        if mask is None:
-            return total / tags.numel()
-        return total / (mask != 0).sum()
+            return result / emissions.size(0 if self.batch_first else 1)
+        if reduction == "token_mean":
+            return result / tags.numel() if mask is None else result / (mask != 0).sum()
+        return result
+
+    def _log_likelihood(self, emissions: Tensor, tags: Tensor, mask: Tensor | None, reduction: str) -> Tensor:
+        transitions, start, end = self._scores()
+        if not self.batch_first:
+            emissions, mask = self._batch_first(emissions, mask)
+            tags = tags.transpose(0, 1).contiguous()
+        return log_likelihood(emissions, tags, transitions, start, end, mask, None, reduction != "none", True)
 
     @torch.jit.export
     def decode(self, emissions: Tensor, mask: Tensor | None = None) -> List[List[int]]:  # noqa: UP006
@@ -129,17 +131,31 @@ class CRF(nn.Module):
         return _host.paths_to_lists(paths.cpu().numpy())
 
     def _best(self, emissions: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        self._validate(emissions, None, mask)
+        if torch.jit.is_scripting():
+            self._validate(emissions, None, mask)
+            return self._decode(emissions, mask)
+        with torch.no_grad():
+            return self._checked(self._decode, emissions, None, mask)
+
+    def _decode(self, emissions: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         transitions, start, end = self._scores()
         e, m = self._batch_first(emissions, mask)
-        return viterbi(e.detach(), transitions.detach(), start.detach(), end.detach(), m, None, 1)
+        return viterbi(e, transitions, start, end, m, None, 1, True)
+
+    def _checked(self, function: Callable[..., Any], emissions: Tensor, tags: Tensor | None, *others: Any) -> Any:
+        """Its result. An error is worded as in torchcrf, where that has one; looked for only after an error."""
+        try:
+            return function(emissions, *others) if tags is None else function(emissions, tags, *others)
+        except (ValueError, IndexError):
+            self._validate(emissions, tags, others[0])
+            raise
 
     @torch.jit.unused
     def viterbi(self, emissions: Tensor, mask: Tensor | None = None, n_best: int = 1) -> tuple[Tensor, Tensor]:
         """Paths and scores as tensors on the device of the emissions, batch first; see :func:`crf_viterbi`."""
         self._validate(emissions, None, mask)
         e, m = self._batch_first(emissions, mask)
-        return viterbi(e, *self._scores(), m, None, n_best)
+        return viterbi(e, *self._scores(), m, None, n_best, True)
 
     @torch.jit.unused
     def marginals(self, emissions: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -168,8 +184,10 @@ class CRF(nn.Module):
         transitions: Tensor = self.transitions
         start: Tensor = self.start_transitions
         end: Tensor = self.end_transitions
-        forbidden, forbidden_starts, forbidden_ends = self._forbidden, self._forbidden_starts, self._forbidden_ends
-        if forbidden is not None and forbidden_starts is not None and forbidden_ends is not None:
+        forbidden = self._forbidden
+        if forbidden is not None:
+            forbidden_starts, forbidden_ends = self._forbidden_starts, self._forbidden_ends
+            assert forbidden_starts is not None and forbidden_ends is not None  # TorchScript asks
             transitions = transitions.masked_fill(forbidden, float("-inf"))
             start = start.masked_fill(forbidden_starts, float("-inf"))
             end = end.masked_fill(forbidden_ends, float("-inf"))

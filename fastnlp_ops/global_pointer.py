@@ -145,8 +145,9 @@ def global_pointer_loss(
     Precision:
         Against float64, |error| <= 1e-6 max(1, L), and 1e-5 of the gradients, for scores up to 100. Labels are kept out
         of the sum over negatives, not subtracted from it: gradients have the right sign at any score. Deterministic:
-        the same bits for every run and number of threads. The backward pass saves q, k and two numbers for each row,
-        and computes scores again. NaN or inf in a token that counts reach the rows (b, h) that read it, no others.
+        the same bits for every run and number of threads. NaN or inf in a token that counts reach the rows (b, h) that
+        read it, no others. Where a gradient will be needed, the forward pass on CPU computes it beside the loss and
+        saves it, in the compute type; on CUDA, and where heads share q and k, the backward pass computes scores again.
 
     References:
         As :func:`global_pointer_scores`; the loss: Su et al., "ZLPR: A Novel Loss for Multi-label Classification"
@@ -159,7 +160,9 @@ def global_pointer_loss(
     H = heads_of(q, start_bias)
     check_labels(labels, q, H)
     cells = torch.ops.fastnlp_ops.global_pointer_cells(labels, mask, B, H, n, tril_mask, longest, mask_zero)
-    log_negative, log_positive = torch.ops.fastnlp_ops.global_pointer_loss(q, k, cells, *inputs[2:])
+    leaves = (x for x in inputs[:4] if x is not None)
+    save = torch.is_grad_enabled() and any(x.requires_grad for x in leaves)
+    log_negative, log_positive, _ = torch.ops.fastnlp_ops.global_pointer_loss(q, k, cells, *inputs[2:], save)
     return reduce_rows(log_negative + log_positive, reduction)
 
 

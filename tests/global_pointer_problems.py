@@ -35,6 +35,7 @@ CASES = {
     "no_label": {"B": 2, "n": 11, "H": 2, "d": 4, "labels": 0},
     "many_labels": {"B": 2, "n": 12, "H": 3, "d": 4, "labels": 400, "tril_mask": False},
     "peaked": {"B": 2, "n": 40, "H": 3, "d": 16, "std": 4.0, "mask": "holes"},
+    "uneven": {"B": 1, "n": 250, "H": 3, "d": 8, "bias": True, "std": 5.0, "labels": 90, "mask": "holes"},
     "many_heads": {"B": 2, "n": 9, "H": 100, "d": 8, "shared": True, "mask": "prefix"},
     "wide": {"B": 2, "n": 33, "H": 2, "d": 256, "mask": "prefix"},
     "long": {"B": 1, "n": 301, "H": 2, "d": 20, "mask": "holes"},

@@ -192,7 +192,7 @@ def op_arguments(problem):
     labelling = (problem.labels, problem.mask, B, H, n, True, 3, True)
     with torch.no_grad():
         cells = ops.global_pointer_cells(*labelling)
-        sums = ops.global_pointer_loss(q, k, cells, start, end, *tail)
+        *sums, saved = ops.global_pointer_loss(q, k, cells, start, end, *tail, True)
         dscores = torch.randn_like(ops.global_pointer_scores(*first, *tail))
         spans, found = ops.global_pointer_decode(*first, *tail, 0.0)
     dloss = torch.randn_like(sums[0])
@@ -203,8 +203,8 @@ def op_arguments(problem):
         "global_pointer_scores": (*first, *tail),
         "global_pointer_scores_backward": (dscores, *first, *tail),
         "global_pointer_scores_double_backward": (dscores, *cotangents[:4], *still[:4], *tail),
-        "global_pointer_loss": (q, k, cells, start, end, *tail),
-        "global_pointer_loss_backward": (dloss, *sums, *labelled),
+        "global_pointer_loss": (q, k, cells, start, end, *tail, True),
+        "global_pointer_loss_backward": (dloss, *sums, saved, *labelled),
         "global_pointer_loss_double_backward": (dloss, *cotangents[:4], *sums, *labelled),
         "global_pointer_divergence": (*first, *second, *tail),
         "global_pointer_divergence_backward": (dloss, *still, *tail),
@@ -314,7 +314,7 @@ def test_export(device):
 
 def test_repeatable(device, threads):
     """Bitwise: run to run, and for any number of threads."""
-    for case in ("prime", "long", "many_heads", "band", "all_pairs"):
+    for case in ("prime", "long", "uneven", "many_heads", "band", "all_pairs"):
         problem = make_problem(device=device, **CASES[case])
         runs = []
         for count in (1, 2, 2, 3):
@@ -322,6 +322,26 @@ def test_repeatable(device, threads):
             runs.append(outputs(problem))
         for run in runs[1:]:
             assert_all_same(run, runs[0], case)
+
+
+@pytest.mark.parametrize("case", ["ragged", "uneven", "biased", "efficient", "no_token"])
+def test_gradients_saved_or_not(case, device):
+    """What the forward op has not saved its gradient computes, to the bit; unasked it saves nothing."""
+    problem = make_problem(device=device, **CASES[case])
+    cells = torch.tensor(expected_cells(problem), device=device)
+
+    def step(save):
+        own, leaves = problem.leaves()
+        *sums, saved = torch.ops.fastnlp_ops.global_pointer_loss(
+            *own.inputs[:2], cells, *own.inputs[2:4], own.mask, None, True, True, -1, 0.5, save
+        )
+        total = (sums[0] + sums[1]).cos().sum()
+        return saved.numel(), [*sums, *torch.autograd.grad(total, leaves[: used(loss, own)])]
+
+    (size, found), (none, expected) = step(True), step(False)
+    assert_all_same(found, expected)
+    kept = device.type == "cpu" and case != "efficient"
+    assert size == (sum(x.numel() for x in problem.inputs[:4] if x is not None) if kept else 0) and none == 0
 
 
 fuzz = settings(

@@ -390,7 +390,7 @@ def test_one_of_the_two_sums(output, device):
     cells = torch.ops.fastnlp_ops.global_pointer_cells(problem.labels, None, 2, 2, 8, True, -1, False)
 
     def ours(q, k):
-        return torch.ops.fastnlp_ops.global_pointer_loss(q, k, cells, *[None] * 4, True, True, -1, 0.5)[output]
+        return torch.ops.fastnlp_ops.global_pointer_loss(q, k, cells, *[None] * 4, True, True, -1, 0.5, True)[output]
 
     def plain(q, k):
         s = reference.global_pointer_scores(q, k, scale=0.5)

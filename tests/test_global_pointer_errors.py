@@ -261,7 +261,7 @@ OP_BAD = {
 def test_errors_of_ops(sentence):
     """An op that is called without the public function says what is wrong and reads nothing that is not there."""
     arguments = [*q_and_k(B, n, H, d).values(), torch.zeros(2, dtype=torch.int64), None, None, None, None]
-    arguments += [True, True, -1, 0.5]
+    arguments += [True, True, -1, 0.5, True]
     torch.ops.fastnlp_ops.global_pointer_loss(*arguments)
     for index, value in OP_BAD[sentence].items():
         arguments[index] = value
@@ -275,6 +275,6 @@ def test_cells_out_of_range_are_not_followed(cells):
     """Keys that name no cell, or stand out of order, cost the op its meaning and not the process its memory."""
     q, k = q_and_k(B, n, H, d).values()
     sums = torch.ops.fastnlp_ops.global_pointer_loss(
-        q, k, torch.tensor(cells), None, None, None, None, True, True, -1, 0.5
+        q, k, torch.tensor(cells), None, None, None, None, True, True, -1, 0.5, True
     )
-    assert all(x.shape == (B, H) and x.isfinite().all() for x in sums)
+    assert all(x.isfinite().all() for x in sums) and [x.numel() for x in sums] == [B * H, B * H, 2 * q.numel()]

@@ -80,6 +80,12 @@ struct Run {
     together = worthwhile && kernels.filter_lanes && !p.transitions_per_position ? kSequenceLanes : 1;
   }
 
+  void check_start() const {
+    const CrfProblem& p = call.problem;
+    if (!p.mask || p.steps == 0) return;
+    for (int64_t b = 0; b < p.batch; ++b) check(p.mask[b * p.steps], "mask of the first timestep must all be on");
+  }
+
   int64_t items() const { return (call.problem.batch + together - 1) / together; }
   // The sequences of one item: eight at a time, and one by one those that a lane cannot hold.
   template <class Lanes, class Alone>
@@ -208,8 +214,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> crf_log_partition_backward(
 std::tuple<Tensor, Tensor> crf_log_likelihood(const Tensor& emissions, const Tensor& tags, const Tensor& transitions,
                                               const OptionalTensor& start, const OptionalTensor& end,
                                               const OptionalTensor& mask, const OptionalTensor& cu_seqlens,
-                                              bool save_messages) {
-  return Run(emissions, transitions, start, end, mask, cu_seqlens).forward(&tags, save_messages);
+                                              bool save_messages, bool check_start) {
+  Run run(emissions, transitions, start, end, mask, cu_seqlens);
+  if (check_start) run.check_start();
+  return run.forward(&tags, save_messages);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> crf_log_likelihood_backward(
@@ -221,8 +229,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> crf_log_likelihood_backward(
 
 std::tuple<Tensor, Tensor> crf_viterbi(const Tensor& emissions, const Tensor& transitions, const OptionalTensor& start,
                                        const OptionalTensor& end, const OptionalTensor& mask,
-                                       const OptionalTensor& cu_seqlens) {
+                                       const OptionalTensor& cu_seqlens, bool check_start) {
   Run run(emissions, transitions, start, end, mask, cu_seqlens);
+  if (check_start) run.check_start();
   Tensor paths = run.call.per_step(ScalarType::Long);
   Tensor scores = run.call.per_sequence();
   run.work.paths = paths.mutable_data_ptr<int64_t>();

@@ -106,13 +106,12 @@ void scores(const SpanItem* items, const SpanPart& part, void* scratch, SpanSums
 template <class C>
 void scores_backward(const SpanItem* items, const SpanPart& part, void* scratch, SpanSums*) {
   const Scores<C> op(items[0]);
-  const GlobalPointerWork& work = op.packed.work;
   Arena arena(scratch);
   C* total = arena.take<C>(Tile<C>::elements);
   C* cells = arena.take<C>(Tile<C>::elements);
   const Gradients<C> gradients(op.packed, part, arena);
   with_stored<C>(op.p.dtype, [&](auto* type) {
-    const auto* dscores = static_cast<decltype(type)>(work.dscores);
+    const auto* dscores = static_cast<decltype(type)>(op.packed.work.dscores);
     for (int64_t r = part.row0; r < part.row1; ++r) {
       gradients.clear_rows();
       each_column_block(op.sequence, r, part, [&](int64_t c) {
@@ -125,10 +124,10 @@ void scores_backward(const SpanItem* items, const SpanPart& part, void* scratch,
         }
         gradients.add_dots(tile, total);
       });
-      gradients.write_rows(r, work);
+      gradients.write_rows(r);
     }
   });
-  gradients.write_columns(work);
+  gradients.write_columns();
 }
 
 template <class C>
@@ -146,15 +145,20 @@ GlobalPointerKernels table(const GlobalPointerProblem& problem) {
     op.run = run;
     return op;
   };
-  GlobalPointerKernels kernels = {with(dense, scores<C>),     with(dense, scores_backward<C>),
-                                  with(dense, loss<C>),       with(dense, loss_backward<C>),
-                                  with(dense, divergence<C>), with(dense, divergence_backward<C>),
-                                  with(dense, decode<C>),     merge};
-  if (problem.heads_per_dot() > 1) {
-    kernels.loss = shared_loss_op<C, false>();
-    kernels.loss_backward = shared_loss_op<C, true>();
-  }
-  return kernels;
+  SpanOp own_loss = with(dense, loss<C>);
+  own_loss.scratch_size = [](const GlobalPointerProblem& p, int64_t columns) -> size_t {
+    return static_cast<size_t>(2 * Tile<C>::elements + LossGradients<C>::elements(p, columns)) * sizeof(C);
+  };
+  const bool shared = problem.heads_per_dot() > 1;
+  return {with(dense, scores<C>),
+          with(dense, scores_backward<C>),
+          shared ? shared_loss_op<C, false>() : own_loss,
+          shared ? shared_loss_op<C, true>() : SpanOp{},
+          with(dense, divergence<C>),
+          with(dense, divergence_backward<C>),
+          with(dense, decode<C>),
+          merge,
+          weigh<C>};
 }
 
 }  // namespace

@@ -38,13 +38,14 @@ struct SpanMark {
   int32_t end;
   int32_t head;  // among those of the item
   bool positive;
+  double score;  // the loss leaves it here for the gradient
 };
 
 // Marks by tile, and within a tile by head, start and end: those of tile (r, c) are tiles[r * column_blocks + c] to
 // the next.
 struct SpanMarks {
   const int64_t* tiles = nullptr;
-  const SpanMark* marks = nullptr;
+  SpanMark* marks = nullptr;
 };
 
 // C [1 or B, n, width] by position in the padded sequence, of the angle of each pair; null without RoPE.
@@ -55,6 +56,16 @@ struct SpanAngles {
   bool per_sequence = false;
 };
 
+// Where the gradients by q, k and the biases are, [B, n, heads, ...].
+struct SpanGradients {
+  DType dtype = DType::f32;
+  int64_t stride = 0;  // from a head to the next of dq, and of dk
+  void* dq = nullptr;
+  void* dk = nullptr;
+  void* dstart_bias = nullptr;
+  void* dend_bias = nullptr;
+};
+
 // Everything that the items of one call share. C arrays are void* here: C is the compute type of the problem.
 struct GlobalPointerWork {
   GlobalPointerProblem problem;
@@ -63,17 +74,14 @@ struct GlobalPointerWork {
   void* scores = nullptr;         // [B, H, n, n] like q: scores writes it,
   const void* dscores = nullptr;  // scores_backward reads it
 
-  const void* dloss = nullptr;  // C [B, H]: of the loss, or of the divergence
-  const void* log_negative = nullptr;
+  const void* dloss = nullptr;         // C [B, H]: of the loss, or of the divergence
+  const void* log_negative = nullptr;  // C [B, H]
   const void* log_positive = nullptr;
 
   double threshold = 0;  // of decode,
   void* hits = nullptr;  // which adds to these: std::vector<SpanHit<C>> [B, dot heads, blocks of n starts]
 
-  void* dq = nullptr;  // like q and the biases, contiguous
-  void* dk = nullptr;
-  void* dstart_bias = nullptr;
-  void* dend_bias = nullptr;
+  SpanGradients gradients;
 };
 
 // What a kernel adds up over blocks of rows, in their order: of the loss of one head, or of its divergence.
@@ -100,12 +108,13 @@ struct SpanItem {
   SpanMarks marks;
 };
 
-// Blocks of an item, and whose gradients are wanted: of their starts, of their ends.
+// Blocks of an item, and what of them is wanted: sums, gradients by their starts, by their ends.
 struct SpanPart {
   int64_t row0;
   int64_t row1;
   int64_t column0;
   int64_t column1;
+  bool sums;
   bool starts;
   bool ends;
 };
@@ -117,20 +126,23 @@ struct SpanOp {
   size_t (*scratch_size)(const GlobalPointerProblem&, int64_t columns);
   // Packs the tokens begin .. end - 1: whole blocks of columns, the last one to the end.
   void (*pack)(const SpanItem&, int64_t begin, int64_t end);
-  // `items`: one, or the two of a divergence. Forward passes set one sum for each head of the item.
+  // `items`: one, or the two of a divergence. Sums, one for each head of the item, are set where they are wanted;
+  // gradients of a loss read them where they are not.
   void (*run)(const SpanItem* items, const SpanPart&, void* scratch, SpanSums*);
 };
 
 struct GlobalPointerKernels {
   SpanOp scores;
   SpanOp scores_backward;
-  SpanOp loss;
-  SpanOp loss_backward;
+  SpanOp loss;           // with dL/dloss = 1 where gradients are wanted, unless heads share their dots
+  SpanOp loss_backward;  // of heads that do
   SpanOp divergence;
   SpanOp divergence_backward;
   SpanOp decode;
   // sums += those of the next blocks of rows, in the arithmetic in which kernels add up theirs.
   void (*merge)(SpanSums* sums, const SpanSums* next, int64_t heads);
+  // The gradients of the loss of some sequences' tokens, begin .. end - 1 of all, times dloss.
+  void (*weigh)(const GlobalPointerWork&, const SpanGradients& from, int64_t begin, int64_t end);
 };
 
 namespace baseline {

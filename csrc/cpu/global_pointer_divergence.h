@@ -106,11 +106,9 @@ void divergence_backward(const SpanItem* items, const SpanPart& part, void* scra
       }
       for (int run = 0; run < 2; ++run) gradients[run].add_dots(tiles[run], totals[run]);
     });
-    gradients[0].write_rows(r, *items[0].work);
-    gradients[1].write_rows(r, *items[1].work);
+    for (const Gradients<C>& sink : gradients) sink.write_rows(r);
   }
-  gradients[0].write_columns(*items[0].work);
-  gradients[1].write_columns(*items[1].work);
+  for (const Gradients<C>& sink : gradients) sink.write_columns();
 }
 
 }  // namespace

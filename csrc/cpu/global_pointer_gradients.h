@@ -60,18 +60,20 @@ struct Gradients {
     tile.add_sums(cells, part.starts ? dstart + head * kSpanRows : nullptr,
                   part.ends ? dend + head * columns + tile.column0 - columns0 : nullptr);
   }
-  void write_rows(int64_t row_block, const GlobalPointerWork& to) const {
+  void write_rows(int64_t row_block) const {
     if (!part.starts) return;
     const int64_t row0 = row_block * kSpanRows;
     const int64_t row1 = std::min(row0 + kSpanRows, packed.sequence.count);
-    packed.write_rows(dq, row0, row1, static_cast<C>(packed.p.scale), to.dq);
-    for (int64_t h = 0; h < heads; ++h) packed.write_bias(dstart + h * kSpanRows, h, row0, row1, to.dstart_bias);
+    packed.write_rows(dq, row0, row1, static_cast<C>(packed.p.scale), packed.work.gradients.dq);
+    for (int64_t h = 0; h < heads; ++h)
+      packed.write_bias(dstart + h * kSpanRows, h, row0, row1, packed.work.gradients.dstart_bias);
   }
-  void write_columns(const GlobalPointerWork& to) const {
+  void write_columns() const {
     if (!part.ends) return;
     const int64_t column1 = std::min(part.column1 * kSpanColumns, packed.sequence.count);
-    packed.write_rows(dk, columns0, column1, C{1}, to.dk);
-    for (int64_t h = 0; h < heads; ++h) packed.write_bias(dend + h * columns, h, columns0, column1, to.dend_bias);
+    packed.write_rows(dk, columns0, column1, C{1}, packed.work.gradients.dk);
+    for (int64_t h = 0; h < heads; ++h)
+      packed.write_bias(dend + h * columns, h, columns0, column1, packed.work.gradients.dend_bias);
   }
 };
 

@@ -62,19 +62,20 @@ struct Run {
   }
 
   // Runs the op on all blocks of all items. An item is a thread's own where there are enough of them; those that
-  // are left are shared out by blocks of rows and then, for gradients, by blocks of columns. Sums have one order.
-  void each_item(const SpanOp& op, bool gradients) {
+  // are left are shared out by blocks of rows and then, for gradients, by blocks of rows and by blocks of columns.
+  // Sums have one order.
+  void each_item(const SpanOp& op, bool forward, bool gradients) {
     const GlobalPointerProblem& p = call.problem;
     const int64_t items = p.items(), heads = p.heads_per_dot();
     const int64_t threads = torch::stable::get_num_threads();
-    if (!gradients) sums.resize(p.batch * p.heads);
+    if (forward) sums.resize(p.batch * p.heads);
     if (items == 0) return;
     const size_t size = runs * packed_size(op, plan.sequences[0]);
     const bool alone = runs * plan.cells * p.size < (int64_t{1} << 16);  // some 20 microseconds of work
     const bool nearly_even = items % threads * 4 >= threads * 3;
     const int64_t whole = alone || nearly_even ? items : items - items % threads;
     const auto sums_of = [&](const SpanItem& item) {
-      return gradients ? nullptr : &sums[item.sequence->index * p.heads + item.dot_head * heads];
+      return forward ? &sums[item.sequence->index * p.heads + item.dot_head * heads] : nullptr;
     };
 
     in_parallel(whole, alone, [&](Queue& queue) {
@@ -84,8 +85,8 @@ struct Run {
         hold(op, index, &held);
         const SpanSequence& sequence = *held.items[0].sequence;
         for (int64_t r = 0; r < runs; ++r) op.pack(held.items[r], 0, sequence.count);
-        op.run(held.items, SpanPart{0, sequence.row_blocks(), 0, sequence.column_blocks(), true, true}, scratch.get(),
-               sums_of(held.items[0]));
+        const SpanPart all = {0, sequence.row_blocks(), 0, sequence.column_blocks(), forward, gradients, gradients};
+        op.run(held.items, all, scratch.get(), sums_of(held.items[0]));
       }
     });
 
@@ -99,19 +100,24 @@ struct Run {
           for (int64_t r = 0; r < runs; ++r)
             op.pack(held.items[r], c * kSpanColumns, std::min((c + 1) * kSpanColumns, sequence.count));
       });
-      std::vector<SpanSums> blocks(gradients ? 0 : rows * heads);
-      in_parallel(rows, alone, [&](Queue& queue) {
-        const Memory scratch(op.scratch_size(p, 0));
-        for (int64_t r; queue.take(&r);)
-          op.run(held.items, SpanPart{r, r + 1, 0, columns, true, false}, scratch.get(),
-                 gradients ? nullptr : &blocks[r * heads]);
-      });
-      for (int64_t r = 0; !gradients && r < rows; ++r) kernels.merge(sums_of(held.items[0]), &blocks[r * heads], heads);
+      SpanSums* const of_item = sums_of(held.items[0]);
+      std::vector<SpanSums> blocks(rows * heads);
+      const auto each_row_block = [&](bool with_sums, bool with_starts) {
+        in_parallel(rows, alone, [&](Queue& queue) {
+          const Memory scratch(op.scratch_size(p, 0));
+          for (int64_t r; queue.take(&r);)
+            op.run(held.items, SpanPart{r, r + 1, 0, columns, with_sums, with_starts, false}, scratch.get(),
+                   with_sums ? &blocks[r * heads] : of_item);
+        });
+      };
+      if (forward) each_row_block(true, false);
+      for (int64_t r = 0; forward && r < rows; ++r) kernels.merge(of_item, &blocks[r * heads], heads);
       if (!gradients) continue;
+      each_row_block(false, true);
       in_parallel(columns, alone, [&](Queue& queue) {
         const Memory scratch(op.scratch_size(p, 1));
         for (int64_t c; queue.take(&c);)
-          op.run(held.items, SpanPart{0, rows, c, c + 1, false, true}, scratch.get(), nullptr);
+          op.run(held.items, SpanPart{0, rows, c, c + 1, false, false, true}, scratch.get(), of_item);
       });
     }
   }
@@ -119,11 +125,39 @@ struct Run {
   std::tuple<Tensor, Tensor, Tensor, Tensor> new_gradients(GlobalPointerWork& work) const {
     std::tuple<Tensor, Tensor, Tensor, Tensor> gradients = {call.like_q(), call.like_q(), call.like_bias(),
                                                             call.like_bias()};
-    work.dq = std::get<0>(gradients).mutable_data_ptr();
-    work.dk = std::get<1>(gradients).mutable_data_ptr();
-    work.dstart_bias = std::get<2>(gradients).mutable_data_ptr();
-    work.dend_bias = std::get<3>(gradients).mutable_data_ptr();
+    work.gradients = {call.problem.dtype,
+                      call.problem.size,
+                      std::get<0>(gradients).mutable_data_ptr(),
+                      std::get<1>(gradients).mutable_data_ptr(),
+                      std::get<2>(gradients).mutable_data_ptr(),
+                      std::get<3>(gradients).mutable_data_ptr()};
     return gradients;
+  }
+
+  // The gradients of the loss in the compute type, one behind the other in one tensor: by q and k, side by side for
+  // each token and head, by start_bias, by end_bias.
+  int64_t saved_size() const {
+    const GlobalPointerProblem& p = call.problem;
+    return p.batch * p.length * p.heads * 2 * (p.size + call.biased);
+  }
+  SpanGradients in_saved(const Tensor& saved) const {
+    const GlobalPointerProblem& p = call.problem;
+    const int64_t bytes = p.dtype == DType::f64 ? 8 : 4, rows = p.batch * p.length * p.heads;
+    char* const dq = static_cast<char*>(saved.mutable_data_ptr());
+    char* const biases = dq + rows * 2 * p.size * bytes;
+    return {p.dtype == DType::f64 ? DType::f64 : DType::f32,
+            2 * p.size,
+            dq,
+            dq + p.size * bytes,
+            biases,
+            biases + rows * bytes};
+  }
+  // Runs the loss; returns the gradients where they are wanted.
+  Tensor loss(bool with_gradients) {
+    Tensor saved = new_tensor(call.q, {with_gradients ? saved_size() : 0}, call.compute);
+    if (with_gradients) works[0].gradients = in_saved(saved);
+    each_item(kernels.loss, true, with_gradients);
+    return saved;
   }
 
   // [B, H] from the sums of the rows.
@@ -151,7 +185,7 @@ Tensor global_pointer_scores(const Tensor& q, const Tensor& k, SPAN_OPTIONS) {
   const GlobalPointerProblem& p = run.call.problem;
   Tensor scores = new_tensor(q, {p.batch, p.heads, p.length, p.length}, q.scalar_type());
   run.works[0].scores = scores.mutable_data_ptr();
-  run.each_item(run.kernels.scores, false);
+  run.each_item(run.kernels.scores, true, false);
   return scores;
 }
 
@@ -162,29 +196,39 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> global_pointer_scores_backward(const 
   check_dense(dscores, "dscores", {p.batch, p.heads, p.length, p.length}, q.scalar_type(), q);
   run.works[0].dscores = dscores.const_data_ptr();
   auto gradients = run.new_gradients(run.works[0]);
-  run.each_item(run.kernels.scores_backward, true);
+  run.each_item(run.kernels.scores_backward, false, true);
   return gradients;
 }
 
-std::tuple<Tensor, Tensor> global_pointer_loss(const Tensor& q, const Tensor& k, const Tensor& cells, SPAN_OPTIONS) {
+std::tuple<Tensor, Tensor, Tensor> global_pointer_loss(const Tensor& q, const Tensor& k, const Tensor& cells,
+                                                       SPAN_OPTIONS, bool save_gradients) {
   Run run(q, k, SPAN_OPTION_VALUES);
   run.labels(cells);
-  run.each_item(run.kernels.loss, false);
+  Tensor saved = run.loss(save_gradients && run.call.problem.heads_per_dot() == 1);
   return {run.per_row([](const SpanSums& sums) { return log_one_plus(&sums.negative, 1); }),
-          run.per_row([](const SpanSums& sums) { return log_one_plus(&sums.positive, 1); })};
+          run.per_row([](const SpanSums& sums) { return log_one_plus(&sums.positive, 1); }), saved};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> global_pointer_loss_backward(const Tensor& dloss, const Tensor& log_negative,
-                                                                        const Tensor& log_positive, const Tensor& q,
-                                                                        const Tensor& k, const Tensor& cells,
-                                                                        SPAN_OPTIONS) {
+                                                                        const Tensor& log_positive, const Tensor& saved,
+                                                                        const Tensor& q, const Tensor& k,
+                                                                        const Tensor& cells, SPAN_OPTIONS) {
   Run run(q, k, SPAN_OPTION_VALUES);
   run.labels(cells);
   run.works[0].dloss = run.call.per_row(dloss, "dloss");
   run.works[0].log_negative = run.call.per_row(log_negative, "log_negative");
   run.works[0].log_positive = run.call.per_row(log_positive, "log_positive");
+  if (run.call.problem.heads_per_dot() > 1) {
+    auto gradients = run.new_gradients(run.works[0]);
+    run.each_item(run.kernels.loss_backward, false, true);
+    return gradients;
+  }
+  const Tensor unweighed = saved.numel() > 0 ? saved : run.loss(true);
+  check_dense(unweighed, "saved", {run.saved_size()}, run.call.compute, q);
   auto gradients = run.new_gradients(run.works[0]);
-  run.each_item(run.kernels.loss_backward, true);
+  torch::stable::parallel_for(0, q.size(0) * q.size(1), 64, [&](int64_t begin, int64_t end) {
+    run.kernels.weigh(run.works[0], run.in_saved(unweighed), begin, end);
+  });
   return gradients;
 }
 
@@ -216,7 +260,7 @@ struct Divergence : Run {
 Tensor global_pointer_divergence(const Tensor& q1, const Tensor& k1, const OptionalTensor& start_bias1,
                                  const OptionalTensor& end_bias1, const Tensor& q2, const Tensor& k2, SPAN_OPTIONS) {
   Divergence run(q1, k1, start_bias1, end_bias1, q2, k2, SPAN_OPTION_VALUES);
-  run.each_item(run.kernels.divergence, false);
+  run.each_item(run.kernels.divergence, true, false);
   return run.per_row([](const SpanSums& sums) { return sums.divergence; });
 }
 
@@ -227,7 +271,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> globa
   run.works[0].dloss = run.call.per_row(ddivergence, "ddivergence");
   const auto one = run.new_gradients(run.works[0]);
   const auto two = run.new_gradients(run.works[1]);
-  run.each_item(run.kernels.divergence_backward, true);
+  run.each_item(run.kernels.divergence_backward, false, true);
   return std::tuple_cat(one, two);
 }
 
@@ -236,7 +280,7 @@ std::tuple<Tensor, Tensor> decode(Run& run) {
   const GlobalPointerProblem& p = run.call.problem;
   std::vector<std::vector<SpanHit<C>>> hits(p.items() * ((p.length + kSpanRows - 1) / kSpanRows));
   run.works[0].hits = hits.data();
-  run.each_item(run.kernels.decode, false);
+  run.each_item(run.kernels.decode, true, false);
   return sorted_spans(run.call, run.plan, hits, [&](int64_t count, const auto& f) {
     in_parallel(count, false, [&](Queue& queue) {
       for (int64_t block; queue.take(&block);) f(block);

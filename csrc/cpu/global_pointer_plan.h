@@ -153,7 +153,7 @@ class SpanLabels {
       }
     }
   }
-  SpanMarks get() const { return {tiles_.data(), marks_.data()}; }
+  SpanMarks get() { return {tiles_.data(), marks_.data()}; }
 
  private:
   // First pass: counts at tile + 2. Second pass: the start of tile t is at t + 1 and moves on to its end.
@@ -165,7 +165,7 @@ class SpanLabels {
     if (pass == 0)
       ++tiles_[tile + 2];
     else
-      marks_[tiles_[tile + 1]++] = {start, end, static_cast<int32_t>(head), positive};
+      marks_[tiles_[tile + 1]++] = {start, end, static_cast<int32_t>(head), positive, 0};
   }
 
   const GlobalPointerProblem& p_;

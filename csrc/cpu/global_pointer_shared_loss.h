@@ -5,14 +5,48 @@
 namespace fastnlp {
 namespace {
 
+// What a row of the loss and its gradient are made of.
+template <class C>
+struct LossRow {
+  C dloss;
+  C log_negative;
+  C log_positive;
+
+  LossRow(const Packed<C>& packed, int64_t head) {
+    const int64_t row = packed.sequence.index * packed.p.heads + packed.head(head);
+    dloss = static_cast<const C*>(packed.work.dloss)[row];
+    log_negative = static_cast<const C*>(packed.work.log_negative)[row];
+    log_positive = static_cast<const C*>(packed.work.log_positive)[row];
+  }
+  C gradient(const SpanMark& mark, C score) const {
+    if (!mark.positive) return 0;
+    return -dloss * static_cast<C>(std::exp(-static_cast<double>(score) - static_cast<double>(log_positive)));
+  }
+};
+
+// Scores, -inf where not valid, become gradients. `memory`: as many C as there are marks.
+template <class C>
+void scores_to_gradients(const LossRow<C>& row, const Tile<C>& tile, const TileMarks& marks, C* cells, C* memory) {
+  C* marked = memory;
+  for (const SpanMark& mark : marks) {
+    C& cell = cells[tile.at(mark)];
+    *marked++ = row.gradient(mark, cell);
+    cell = kNone<C>;
+  }
+  const Vec<C> shift = splat(row.log_negative), scale = splat(row.dloss);
+  tile.each_vector([&](int64_t at) { store(cells + at, scale * exponential(load(cells + at) - shift)); });
+  marked = memory;
+  for (const SpanMark& mark : marks) cells[tile.at(mark)] = *marked++;
+}
+
 template <class C>
 struct SharedLoss : SharedRows<C> {
   using Base = SharedRows<C>;
   using Base::panel, Base::heads, Base::packed;
   // A sum below kTiny of its scale may have lost terms. Then the scores decide, unless even kTiny e^scale is nothing
-  // (e^-30) beside what is there already.
+  // (e^-30) beside what is there already, e^top or up to a step less.
   static constexpr C kTiny = static_cast<C>(1e-20);
-  static constexpr double kNegligible = 46 - 30;
+  static constexpr double kNegligible = 46 - 30 - kTopStep;
   double* const tops;    // [heads]: of the sums of this block of rows,
   double* const scaled;  // as in LogSum
 
@@ -62,7 +96,7 @@ struct SharedLoss : SharedRows<C> {
     this->score_head(tile, head);
     for (const SpanMark& mark : marks) this->cells[tile.at(mark)] = kNone<C>;
     LogSum sum = {tops[head], scaled[head]};
-    add_scores(sum, tile, this->cells);
+    add(sum, exponentials(tile, this->cells));
     tops[head] = sum.top;
     scaled[head] = sum.scaled;
   }
@@ -282,17 +316,17 @@ struct SharedGradients : SharedRows<C> {
   }
 
   void write_rows(int64_t row_block) const {
-    dots_to.write_rows(row_block, packed.work);
+    dots_to.write_rows(row_block);
     const int64_t row0 = row_block * kSpanRows;
     if (dots_to.part.starts)
       packed.write_heads(dstart, kSpanRows, row0, std::min(row0 + kSpanRows, packed.sequence.count), row,
-                         packed.work.dstart_bias);
+                         packed.work.gradients.dstart_bias);
   }
   void write_columns() const {
-    dots_to.write_columns(packed.work);
+    dots_to.write_columns();
     if (dots_to.part.ends)
       packed.write_heads(dend, columns, dots_to.columns0, std::min(dots_to.columns0 + columns, packed.sequence.count),
-                         row, packed.work.dend_bias);
+                         row, packed.work.gradients.dend_bias);
   }
 };
 

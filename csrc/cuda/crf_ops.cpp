@@ -117,7 +117,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> crf_log_partition_backward(
 std::tuple<Tensor, Tensor> crf_log_likelihood(const Tensor& emissions, const Tensor& tags, const Tensor& transitions,
                                               const OptionalTensor& start, const OptionalTensor& end,
                                               const OptionalTensor& mask, const OptionalTensor& cu_seqlens,
-                                              bool save_messages) {
+                                              bool save_messages, bool /* check_start */) {
   return Run(emissions, transitions, start, end, mask, cu_seqlens).forward(&tags, save_messages);
 }
 
@@ -130,7 +130,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> crf_log_likelihood_backward(
 
 std::tuple<Tensor, Tensor> crf_viterbi(const Tensor& emissions, const Tensor& transitions, const OptionalTensor& start,
                                        const OptionalTensor& end, const OptionalTensor& mask,
-                                       const OptionalTensor& cu_seqlens) {
+                                       const OptionalTensor& cu_seqlens, bool /* check_start */) {
   Run run(emissions, transitions, start, end, mask, cu_seqlens);
   Tensor paths = run.call.per_step(ScalarType::Long);
   Tensor scores = run.call.per_sequence();

@@ -42,7 +42,7 @@ def _(emissions, transitions, start, end, mask, cu_seqlens, save_messages):
 
 
 @torch.library.register_fake("fastnlp_ops::crf_log_likelihood")
-def _(emissions, tags, transitions, start, end, mask, cu_seqlens, save_messages):
+def _(emissions, tags, transitions, start, end, mask, cu_seqlens, save_messages, check_start=False):
     return _fake_forward(emissions, cu_seqlens, save_messages)
 
 
@@ -63,7 +63,7 @@ def _(grad, messages, emissions, tags, transitions, start, end, mask, cu_seqlens
 
 
 @torch.library.register_fake("fastnlp_ops::crf_viterbi")
-def _(emissions, transitions, start, end, mask, cu_seqlens):
+def _(emissions, transitions, start, end, mask, cu_seqlens, check_start=False):
     paths = emissions.new_empty(emissions.shape[:-1], dtype=torch.int64)
     return paths, emissions.new_empty(_batch(emissions, cu_seqlens), dtype=_compute_dtype(emissions))
 
@@ -91,14 +91,15 @@ def _register_forward(name: str, has_tags: bool) -> None:
     forward, backward = getattr(_OPS, name), getattr(_OPS, f"{name}_backward")
 
     def setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        *tensors, ctx.saved_messages = inputs
+        tensors = inputs[: 7 if has_tags else 6]
+        ctx.saved_messages, *ctx.options = inputs[len(tensors) :]
         ctx.save_for_backward(output[1], *tensors)
         ctx.set_materialize_grads(False)
 
     def formula(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[_Scores, ...]:
         messages, *tensors = ctx.saved_tensors
         if grad is None:
-            return (None,) * (len(tensors) + 1)
+            return (None,) * (len(tensors) + 1 + len(ctx.options))
         if not ctx.saved_messages:
             messages = forward(*tensors, True)[1]
         transition_grad = ctx.needs_input_grad[2 if has_tags else 1]
@@ -114,6 +115,7 @@ def _register_forward(name: str, has_tags: bool) -> None:
             None,
             None,
             None,
+            *[None for _ in ctx.options],
         )
 
     torch.library.register_autograd(f"fastnlp_ops::{name}", formula, setup_context=setup)
@@ -143,23 +145,24 @@ _register_forward("crf_log_likelihood", has_tags=True)
 
 
 class EagerLogLikelihood(torch.autograd.Function):
-    """crf_log_likelihood for eager training: fewer visits to Python than the registered formula makes.
+    """crf_log_likelihood, or its sum, for eager training: fewer visits to Python than the registered formula makes.
 
     At 1 x 128 x 9, timed in turns, op, sum and backward take 164 us through the registered formula and 120 us through
     this.
     """
 
     @staticmethod
-    def forward(ctx: Any, *inputs: _Scores) -> Tensor:
+    def forward(ctx: Any, summed: bool, check_start: bool, *inputs: _Scores) -> Tensor:
         with torch._C._AutoDispatchBelowAutograd():
-            value, messages = _OPS.crf_log_likelihood.default(*inputs, True)
-        ctx.save_for_backward(messages, *inputs)
-        return value
+            value, messages = _OPS.crf_log_likelihood.default(*inputs, True, check_start)
+            ctx.save_for_backward(messages, *inputs)
+            ctx.rows = value.shape
+            return value.sum() if summed else value
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[_Scores, ...]:
-        transition_grad = ctx.needs_input_grad[2]
-        arguments = (grad.contiguous(), *ctx.saved_tensors, transition_grad)
+        transition_grad = ctx.needs_input_grad[4]
+        arguments = (grad.expand(ctx.rows).contiguous(), *ctx.saved_tensors, transition_grad)
         op = _OPS.crf_log_likelihood_backward.default
         if torch.is_grad_enabled():  # create_graph
             demissions, dtransitions, dstart, dend = op(*arguments)
@@ -168,6 +171,8 @@ class EagerLogLikelihood(torch.autograd.Function):
                 demissions, dtransitions, dstart, dend = op(*arguments)
         start, end = arguments[5:7]
         return (
+            None,
+            None,
             demissions,
             None,
             dtransitions if transition_grad else None,

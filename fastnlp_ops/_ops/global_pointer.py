@@ -52,12 +52,16 @@ def _(dscores, dq_grad, dk_grad, dstart_grad, dend_grad, q, k, start, end, mask,
 
 
 @torch.library.register_fake("fastnlp_ops::global_pointer_loss")
-def _(q, k, cells, start, end, mask, position_ids, *options):
-    return _row_values(q, start), _row_values(q, start)
+def _(q, k, cells, start, end, mask, position_ids, rope, tril_mask, max_span_length, scale, save_gradients):
+    saved = 0
+    if save_gradients and q.device.type == "cpu" and heads_of(q, start) == q.shape[2]:
+        B, n, H, d = q.shape
+        saved = B * n * H * 2 * (d if start is None else d + 1)
+    return _row_values(q, start), _row_values(q, start), q.new_empty(saved, dtype=_compute_dtype(q))
 
 
 @torch.library.register_fake("fastnlp_ops::global_pointer_loss_backward")
-def _(dloss, log_negative, log_positive, q, k, cells, start, end, mask, position_ids, *options):
+def _(dloss, log_negative, log_positive, saved, q, k, cells, start, end, mask, position_ids, *options):
     return _like(q, k, start, end)
 
 
@@ -123,24 +127,24 @@ def _scores_formula(ctx: Any, dscores: Tensor | None) -> tuple[Tensor | None, ..
     return (*_where_given(found, inputs[:4]), *[None] * (2 + _OPTIONS))
 
 
-def _loss_save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    _save(ctx, (*output, *inputs), output)
+def _loss_save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    _save(ctx, (*output, *inputs[:-1]), output)
 
 
-def _loss_formula(ctx: Any, dnegative: Tensor | None, dpositive: Tensor | None) -> tuple[Tensor | None, ...]:
-    log_negative, log_positive, *inputs = ctx.saved_tensors
+def _loss_formula(ctx: Any, dnegative: Tensor | None, dpositive: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
+    log_negative, log_positive, saved, *inputs = ctx.saved_tensors
     if dnegative is dpositive:  # their sum is the loss, and its gradient that of both
-        parts = [(dnegative, log_negative, log_positive)]
+        parts = [(dnegative, log_negative, log_positive, saved)]
     else:  # e^{s - inf} is 0: a sum that is infinite gives no gradient
-        nothing = torch.full_like(log_negative, torch.inf)
-        parts = [(dnegative, log_negative, nothing), (dpositive, nothing, log_positive)]
+        nothing, anew = torch.full_like(log_negative, torch.inf), saved.new_empty(0)
+        parts = [(dnegative, log_negative, nothing, anew), (dpositive, nothing, log_positive, anew)]
     op = _OPS.global_pointer_loss_backward
     found = [op(d.contiguous(), *sums, *inputs, *_options(ctx)) for d, *sums in parts if d is not None]
     if not found:
-        return (None,) * (len(inputs) + _OPTIONS)
+        return (None,) * (len(inputs) + _OPTIONS + 1)
     dq, dk, dstart, dend = (sum(x[1:], x[0]) for x in zip(*found, strict=True))
     dstart, dend = _where_given((dstart, dend), inputs[3:5])
-    return dq, dk, None, dstart, dend, *[None] * (2 + _OPTIONS)
+    return dq, dk, None, dstart, dend, *[None] * (2 + _OPTIONS + 1)
 
 
 def _divergence_formula(ctx: Any, ddivergence: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -162,12 +166,14 @@ def _scores_backward_formula(ctx: Any, *cotangents: Tensor | None) -> tuple[Tens
 
 
 def _loss_backward_formula(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
-    dloss, *others = ctx.saved_tensors
-    found = _OPS.global_pointer_loss_double_backward(dloss, *cotangents, *others, *_options(ctx))
+    dloss, log_negative, log_positive, _, *others = ctx.saved_tensors
+    found = _OPS.global_pointer_loss_double_backward(
+        dloss, *cotangents, log_negative, log_positive, *others, *_options(ctx)
+    )
     ddloss, dq, dk, dstart, dend = found
-    dstart, dend = _where_given((dstart, dend), others[5:7])
-    # log_negative and log_positive are functions of q and k: their part is in that of q and k.
-    return ddloss, None, None, dq, dk, None, dstart, dend, *[None] * (2 + _OPTIONS)
+    dstart, dend = _where_given((dstart, dend), others[3:5])
+    # log_negative, log_positive and what is saved are functions of q and k: their part is in that of q and k.
+    return ddloss, None, None, None, dq, dk, None, dstart, dend, *[None] * (2 + _OPTIONS)
 
 
 def _divergence_backward_formula(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:

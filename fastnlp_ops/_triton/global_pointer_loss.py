@@ -107,12 +107,14 @@ def global_pointer_loss(
     start_bias: Tensor | None,
     end_bias: Tensor | None,
     *options: Any,
-) -> tuple[Tensor, Tensor]:
-    """(log_negative, log_positive) [B, H]"""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(log_negative, log_positive) [B, H], and nothing saved: the gradient computes scores again."""
+    *options, _ = options
     call = Call("loss", q, start_bias, *options)
     cells = _checked(cells, q)
+    saved = torch.empty(0, dtype=call.compute, device=q.device)
     if call.empty:
-        return call.rows(), call.rows()
+        return call.rows(), call.rows(), saved
     with guard(q):
         prepared = call.prepare(q, k, start_bias, end_bias)
         partials = torch.empty(call.B, call.H, call.tiles, 4, dtype=call.compute, device=q.device)
@@ -126,13 +128,14 @@ def global_pointer_loss(
             tiles=call.tiles,
             width=call.width,
         )
-        return log_sum_exp(partials)
+        return *log_sum_exp(partials), saved
 
 
 def global_pointer_loss_backward(
     dloss: Tensor,
     log_negative: Tensor,
     log_positive: Tensor,
+    saved: Tensor,
     q: Tensor,
     k: Tensor,
     cells: Tensor,

@@ -1,5 +1,6 @@
 """Every op in plain PyTorch: any device, any dtype, differentiable twice, written to be read. Slow on purpose."""
 
+from fastnlp_ops.reference.adafactor import adafactor_step_
 from fastnlp_ops.reference.crf import (
     crf_entropy,
     crf_log_likelihood,
@@ -30,6 +31,7 @@ from fastnlp_ops.reference.multilabel import (
 )
 
 __all__ = [
+    "adafactor_step_",
     "crf_entropy",
     "crf_log_likelihood",
     "crf_log_partition",

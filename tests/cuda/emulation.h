@@ -77,11 +77,12 @@ struct Machine {
   size_t main_stack_bytes = 0;
   int threads = 0, running = 0, current = 0;
   long idle_switches = 0;
+  int64_t launches = 0;
   dim3 block, grid;
   Barrier barriers[16], warps[kMaxThreads / 32], exchanges[kMaxThreads / 32];
   uint64_t slots[kMaxThreads / 32][2][32];
   const std::function<void()>* body = nullptr;
-  char block_order = 0;
+  char block_begins = 0, block_ends = 0;  // two clocks: a thread that ends is not before one that has yet to begin
 };
 inline Machine machine;
 
@@ -168,11 +169,11 @@ UNSEEN inline void enter() {
   __sanitizer_finish_switch_fiber(nullptr, nullptr, nullptr);
 #endif
 #if defined(__SANITIZE_THREAD__)
-  __tsan_acquire(&machine.block_order);
+  __tsan_acquire(&machine.block_begins);
 #endif
   (*machine.body)();
 #if defined(__SANITIZE_THREAD__)
-  __tsan_release(&machine.block_order);
+  __tsan_release(&machine.block_ends);
 #endif
   Fiber* self = &machine.fibers[machine.current];
   self->done = true;
@@ -189,7 +190,7 @@ UNSEEN inline void enter() {
 UNSEEN inline void run_block(const std::function<void()>& body, int threads) {
 #if defined(__SANITIZE_THREAD__)
   machine.main_shadow = __tsan_get_current_fiber();
-  __tsan_release(&machine.block_order);
+  __tsan_release(&machine.block_begins);
 #endif
 #if defined(__SANITIZE_ADDRESS__)
   pthread_attr_t attributes;
@@ -221,7 +222,7 @@ UNSEEN inline void run_block(const std::function<void()>& body, int threads) {
   }
   switch_to(nullptr, &machine.fibers[0]);
 #if defined(__SANITIZE_THREAD__)
-  __tsan_acquire(&machine.block_order);
+  __tsan_acquire(&machine.block_ends);
 #endif
 }
 
@@ -302,6 +303,8 @@ inline int __ffs(unsigned x) { return __builtin_ffs(int(x)); }
 inline int __clz(int x) { return x ? __builtin_clz(unsigned(x)) : 32; }
 inline int __float_as_int(float x) { return emulation::unpack<int>(emulation::pack(x)); }
 inline float __int_as_float(int x) { return emulation::unpack<float>(emulation::pack(x)); }
+inline float rsqrt(float x) { return 1 / std::sqrt(x); }
+inline double rsqrt(double x) { return 1 / std::sqrt(x); }
 inline int __double2hiint(double x) { return int(emulation::pack(x) >> 32); }
 inline double __hiloint2double(int high, int low) {
   return emulation::unpack<double>(uint64_t(uint32_t(high)) << 32 | uint32_t(low));
@@ -315,6 +318,8 @@ struct __nv_bfloat16 {
 };
 inline float __half2float(__half x) { return float(x.value); }
 inline __half __float2half_rn(float x) { return {_Float16(x)}; }
+inline __half __ushort_as_half(unsigned short bits) { return emulation::unpack<__half>(bits); }
+inline unsigned short __half_as_ushort(__half x) { return (unsigned short)emulation::pack(x); }
 inline float __bfloat162float(__nv_bfloat16 x) { return __int_as_float(int(uint32_t(x.bits) << 16)); }
 inline __nv_bfloat16 __float2bfloat16_rn(float x) {
   uint32_t bits = uint32_t(__float_as_int(x));
@@ -322,6 +327,7 @@ inline __nv_bfloat16 __float2bfloat16_rn(float x) {
   bits += 0x7fff + (bits >> 16 & 1);
   return {uint16_t(bits >> 16)};
 }
+inline unsigned short __bfloat16_as_ushort(__nv_bfloat16 x) { return x.bits; }
 
 using std::max;
 using std::min;
@@ -336,6 +342,7 @@ template <typename... Parameters, typename... Arguments>
 cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, int threads, cudaStream_t, Arguments... arguments) {
   const std::function<void()> body = [&] { kernel(arguments...); };
   emulation::machine.grid = grid;
+  ++emulation::machine.launches;
   for (unsigned y = 0; y < grid.y; ++y) {
     for (unsigned x = 0; x < grid.x; ++x) {
       emulation::machine.block = dim3(x, y);
