@@ -238,8 +238,8 @@ def truth(case: Case, inputs: Inputs) -> dict[str, tuple[Tensor, float]]:
     eps = torch.finfo(inputs.dtype).eps
     found = {}
     for name, value in zip(names, (loss, *gradients)):  # noqa: B905
-        # The gate takes what is below 1 for 1, and gradients of a mean over rows are far below. They are exponentials of
-        # scores, whose rounding a peer that keeps scores in float32 cannot help: 1e-5 for scores of 30.
+        # The gate takes what is below 1 for 1, and gradients of a mean over rows are far below. They are exponentials
+        # of scores, whose rounding a peer that keeps scores in float32 cannot help: 1e-5 for scores of 30.
         largest = 1.0 if name == "loss" else 10 * value.abs().max().item()
         found[name] = (value, (1e-5 if case.dtype == "float32" else 8 * eps) * largest)
     return found
