@@ -259,10 +259,10 @@ def test_untrained_model_in_bounded_memory(n, threshold, monkeypatch):
     def run():
         found[:] = problem.decode(fastnlp_ops, threshold=threshold)
 
-    peak = measure.peak_bytes(run, "cpu")
-    # The layers have 256,000 scores each between 80 tokens, and a byte for each: 2.6 MB. The rest is how the process's
-    # memory is cut, 8 to 14 MB alone and once above 20 after thousands of other tests; all pairs would be 105 MB.
-    assert peak < 3 * sum(x.nbytes for x in found) + 35e6
+    # The smaller of two: after thousands of other tests the process's own pages may move in between.
+    peak = min(measure.peak_bytes(run, "cpu") for _ in range(2))
+    # The layers have 256,000 scores each between 80 tokens, and a byte for each: 2.6 MB. The rest is how memory is cut.
+    assert peak < 3 * sum(x.nbytes for x in found) + 20e6
     subjects, objects = (problem.spans[problem.spans[:, 1] == role][:, 2:] for role in (0, 1))
     every, above = len(subjects) * len(objects) * 40, 0
     assert every > (2e7 if n == 80 else 3e6)
