@@ -25,8 +25,8 @@ RUNS = {
     "values": ("test_linear_attention.py", f"test_forward and f32 and {ANY}", 28),
     "gradients": ("test_linear_attention.py", f"test_backward and not test_backward_of_some and f32 and {ANY}", 28),
     "float64": ("test_linear_attention.py", "(test_forward or test_backward) and f64 and (gate-elu or left-exp)", 4),
-    "maxima": ("test_linear_attention_adversarial.py", "maxima_that_move and exp and (rising or late or steps)", 6),
-    "numbers": ("test_linear_attention_adversarial.py", "bad_numbers and elu and nan and causal", 3),
+    "maxima": ("test_linear_attention_adversarial.py", "maxima_that_move and exp and (rising or (late and causal))", 3),
+    "numbers": ("test_linear_attention_adversarial.py", "bad_numbers and elu+1 and nan and causal", 3),
     "steps": (
         "test_linear_attention_step.py",
         "(steps_are and wide and (elu+1 or exp)) or (steps_with_decay and cosine) or (maxima and exp) or in_place",
