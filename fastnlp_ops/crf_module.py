@@ -155,7 +155,7 @@ class CRF(nn.Module):
         """Paths and scores as tensors on the device of the emissions, batch first; see :func:`crf_viterbi`."""
         self._validate(emissions, None, mask)
         e, m = self._batch_first(emissions, mask)
-        return viterbi(e, *self._scores(), m, None, n_best, True)
+        return viterbi(e, *self._scores(), m, None, n_best, False)
 
     @torch.jit.unused
     def marginals(self, emissions: Tensor, mask: Tensor | None = None) -> Tensor:
