@@ -108,10 +108,19 @@ struct Kernel {
         weights[k] = factor == 0 ? C(0) : static_cast<C>(grad * grad / factor);
         roots[k] = factor == 0 ? C(0) : static_cast<C>(grad / std::sqrt(static_cast<double>(factor)));
       }
-      if (own_columns && count == kRows)
-        add_columns<kRows>(g, weights, n, into, into + padded);
-      else if (own_columns)
-        for (int k = 0; k < count; ++k) add_columns<1>(g + k, weights + k, n, into, into + padded);
+      if (own_columns && count == kRows) {
+        // Rows that come next are asked for while these are added, else memory would idle. Half of them at a time: a
+        // vector is half a line of the cache. What is asked for is never read, and may lie outside of the tensor.
+        const G* const next = static_cast<const G*>(t.grad.data) + grads + (i + kRows) * t.grad.row_stride;
+        const P* const own = static_cast<const P*>(t.param.data) + params + i * t.param.row_stride;
+        add_columns<kRows>(g, weights, n, into, into + padded, [&](int64_t j) {
+          const int64_t half = j / Simd<C>::lanes % 2 * 2;
+          for (int64_t k = half; k < half + 2; ++k) __builtin_prefetch(next + k * t.grad.row_stride + j, 0, 2);
+          if (needs_param)
+            for (int64_t k = half; k < half + 2; ++k) __builtin_prefetch(own + k * t.param.row_stride + j, 0, 2);
+        });
+      } else if (own_columns)
+        for (int k = 0; k < count; ++k) add_columns<1>(g + k, weights + k, n, into, into + padded, [](int64_t) {});
       if (!needs_param) continue;
       for (int k = 0; k < count; ++k) {
         const P* p = row<P>(t.param, params, i + k, room.param);

@@ -8,6 +8,7 @@ namespace fastnlp {
 namespace {
 
 constexpr int64_t kBlock = 2048;  // longest sum in C
+constexpr int64_t kAhead = 512;   // elements of a row that are asked for before they are wanted
 
 template <class C, class T>
 double sum_of_squares(const T* row, int64_t n) {
@@ -35,9 +36,9 @@ double sum_of_squares(const T* row, int64_t n) {
   return total;
 }
 
-// cs += g^2, W += g^2 * weight for K rows.
-template <int K, class C, class G>
-void add_columns(const G* const* rows, const C* weights, int64_t n, C* cs, C* w) {
+// cs += g^2, W += g^2 * weight for K rows. ahead(j) asks for what will be wanted next.
+template <int K, class C, class G, class Ahead>
+void add_columns(const G* const* rows, const C* weights, int64_t n, C* cs, C* w, const Ahead& ahead) {
   constexpr int lanes = Simd<C>::lanes;
   Vec<C> g[K];
   const auto add = [&](int64_t j) {
@@ -53,6 +54,7 @@ void add_columns(const G* const* rows, const C* weights, int64_t n, C* cs, C* w)
   int64_t j = 0;
   for (; j + lanes <= n; j += lanes) {
     for (int k = 0; k < K; ++k) g[k] = widen(rows[k] + j);
+    ahead(j);
     add(j);
   }
   if (j == n) return;
@@ -93,7 +95,13 @@ void update_plainly(C keep, const C* factors, P* const* rows, const G* const* gr
   int64_t j = 0;
   for (; j + lanes <= n; j += lanes) {
     const Vec<C> c = load(column + j);
-    for (int k = 0; k < K; ++k) narrow(rows[k] + j, updated(widen(rows[k] + j), widen(grads[k] + j), c, k));
+    for (int k = 0; k < K; ++k) {
+      if ((j / lanes + k) % 2 == 0) {  // a vector is half a line of the cache
+        __builtin_prefetch(rows[k] + j + kAhead, 1, 2);
+        __builtin_prefetch(grads[k] + j + kAhead, 0, 2);
+      }
+      narrow(rows[k] + j, updated(widen(rows[k] + j), widen(grads[k] + j), c, k));
+    }
   }
   if (j == n) return;
   const Vec<C> c = widen_tail(column + j, n - j);

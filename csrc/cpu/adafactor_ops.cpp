@@ -36,15 +36,19 @@ struct Item : AdafactorItem {
   int64_t units[kKinds] = {};
   std::vector<AdafactorTotals> totals[kKinds];  // of each unit
   double grad_squares = 0;
-  char* columns = nullptr;        // of all strips
-  const Item* earlier = nullptr;  // whose strips' sums lie in the same place
+  char* columns = nullptr;                // of all strips
+  const Item* earlier = nullptr;          // whose strips' sums lie in the same place
+  std::vector<std::atomic<int>> readers;  // of each strip: the thread that has it in its cache, or kUpdated
   std::atomic<int64_t> left[kKinds] = {};
   std::atomic<bool> done[kKinds] = {};
 
   int64_t numel() const { return tensor->batch * tensor->rows * tensor->cols; }
 };
 
-// One unit of a large tensor, or all units of the small tensors [begin, end).
+constexpr int kUpdated = -1;
+
+// One unit of a large tensor, or all units of the small tensors [begin, end). Which strip is updated is for the thread
+// that takes the unit to choose.
 struct Unit {
   Item* item;
   Kind kind;
@@ -124,6 +128,7 @@ struct Step {
     }
     (item.numel() <= kSmall ? small : large).push_back(&item);
     for (int k = 0; k < kKinds; ++k) item.totals[k].resize(static_cast<size_t>(item.units[k]));
+    item.readers = std::vector<std::atomic<int>>(static_cast<size_t>(item.units[kApply]));
   }
 
   // The sums of the strips are read soon after they are written: two places serve all matrices in turn.
@@ -221,15 +226,14 @@ struct Step {
       if (k + 1 < large.size()) append(large[k + 1], kAccumulate, 0, threads);
       append(large[k], kNorms);
       append(large[k], kExact);
-      const size_t first = units.size();
       append(large[k], kApply);
-      std::reverse(units.begin() + static_cast<int64_t>(first), units.end());  // what was read last is still there
     }
 
     std::atomic<size_t> next{0};
-    const auto worker = [&](int64_t, int64_t) {
+    const auto worker = [&](int64_t thread, int64_t) {
       std::vector<double> room((scratch + 7) / 8);
-      for (size_t u; (u = next.fetch_add(1, std::memory_order_relaxed)) < units.size();) take(units[u], room.data());
+      for (size_t u; (u = next.fetch_add(1, std::memory_order_relaxed)) < units.size();)
+        take(units[u], static_cast<int>(thread), room.data());
     };
     if (work < kWorthThreads)
       worker(0, 1);
@@ -243,7 +247,7 @@ struct Step {
   }
 
   // Whatever a unit waits for stands before it in the list, so another thread is at it and waits for nothing later.
-  void take(const Unit& unit, void* room) {
+  void take(const Unit& unit, int thread, void* room) {
     if (!unit.item) {
       for (int64_t s = unit.begin; s < unit.end; ++s)
         for (int k = 0; k < kKinds; ++k)
@@ -254,7 +258,20 @@ struct Step {
     Item& item = *unit.item;
     if (unit.kind == kAccumulate && item.earlier) await(*item.earlier, kNorms);
     for (int k = 0; k < unit.kind; ++k) await(item, Kind(k));
-    work(item, unit.kind, unit.begin, room);
+    if (unit.kind == kAccumulate) item.readers[unit.begin].store(thread, std::memory_order_relaxed);
+    work(item, unit.kind, unit.kind == kApply ? nearest(item, thread) : unit.begin, room);
+  }
+
+  // A strip to update: of those that this thread has read, or else of all, the last one read. There are as many calls
+  // as strips.
+  static int64_t nearest(Item& item, int thread) {
+    for (bool own : {true, false})
+      for (auto strip = static_cast<int64_t>(item.readers.size()); strip-- > 0;) {
+        int reader = item.readers[strip].load(std::memory_order_relaxed);
+        if (own ? reader != thread : reader == kUpdated) continue;
+        if (item.readers[strip].compare_exchange_strong(reader, kUpdated, std::memory_order_relaxed)) return strip;
+      }
+    return 0;  // not reached
   }
 
   void work(Item& item, Kind kind, int64_t unit, void* room) {

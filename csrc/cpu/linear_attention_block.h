@@ -147,6 +147,14 @@ struct Block {
               sizes.value_stride, ahead);
   }
 
+  // Rows of out will be written.
+  void expect_out(int64_t t, int64_t h, int64_t n) const {
+    with_stored<C>(p.dtype, [&](auto* type) {
+      const int64_t bytes = p.value_size * sizeof(*type);
+      ahead.expect(reinterpret_cast<uintptr_t>(work.out) + query_row(t, h) * bytes, p.heads * bytes, n, bytes);
+    });
+  }
+
   void read_raw_keys(int64_t t, int64_t n, C* to) const {
     read_head(p.k, sequence.key0 + t, item.key_head, n, sizes.channels, to + sizes.constants, sizes.feature_stride);
     read_head(p.v, sequence.key0 + t, item.key_head, n, sizes.values, values, sizes.value_stride);

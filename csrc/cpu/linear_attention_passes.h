@@ -94,6 +94,7 @@ void forward(const LinearAttentionItem& item, int64_t begin, int64_t end, const 
     }
     const Triangle<C> triangle{n, false};
     for (int64_t h = 0; h < block.heads(); ++h) {
+      if (!p.causal) block.expect_out(t, h, n);
       block.read_raw_queries(t, n, h, block.queries);
       if (p.feature_map == FeatureMap::exponential) largest_scores(block, n, state->max);
       block.map_queries(n, state->max, block.shift);

@@ -6,6 +6,7 @@
 #include <atomic>
 #include <cstdint>
 #include <memory>
+#include <vector>
 
 namespace fastnlp {
 
@@ -21,24 +22,45 @@ class Memory {
   std::unique_ptr<char[]> memory_;
 };
 
-// Numbers below a count, for whoever is free to take the next.
+// Numbers that a thread has been dealt.
+struct alignas(64) Share {
+  std::atomic<int64_t> next;
+  int64_t end;
+};
+
+// What a thread takes its numbers from: its own share first, which is the same part of a tensor in every pass and in
+// torch's own ops, so that it lies in this core's cache; then whatever others have left.
 class Queue {
  public:
-  explicit Queue(int64_t count) : count_(count) {}
-  bool take(int64_t* index) { return (*index = next_++) < count_; }
+  Queue(std::vector<Share>& shares, int64_t own) : shares_(shares), own_(own) {}
+  bool take(int64_t* index) {
+    for (size_t turn = 0; turn < shares_.size(); ++turn) {
+      Share& share = shares_[(own_ + turn) % shares_.size()];
+      if (share.next.load(std::memory_order_relaxed) < share.end && (*index = share.next++) < share.end) return true;
+    }
+    return false;
+  }
 
  private:
-  const int64_t count_;
-  std::atomic<int64_t> next_{0};
+  std::vector<Share>& shares_;
+  const size_t own_;
 };
 
 // f(queue) on as many threads as there are, or on this one.
 template <class F>
 void in_parallel(int64_t count, bool alone, const F& f) {
-  Queue queue(count);
-  if (alone) return f(queue);
-  const int64_t threads = std::min<int64_t>(count, torch::stable::get_num_threads());
-  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) { f(queue); });
+  const int64_t threads = alone ? 1 : std::min<int64_t>(count, torch::stable::get_num_threads());
+  std::vector<Share> shares(threads);
+  for (int64_t i = 0; i < threads; ++i) {
+    shares[i].next.store(count * i / threads, std::memory_order_relaxed);
+    shares[i].end = count * (i + 1) / threads;
+  }
+  const auto run = [&](int64_t own, int64_t) {
+    Queue queue(shares, own);
+    f(queue);
+  };
+  if (alone) return run(0, 1);
+  torch::stable::parallel_for(0, threads, 1, run);
 }
 
 }  // namespace fastnlp
