@@ -81,6 +81,12 @@ def test_gate_refuses_a_wrong_provider(factor):
     assert [line[4] for line in report.times([outcome]).lines if line[3] == "peer"] == ["WRONG"]
 
 
+def test_slack_is_for_peers_alone():
+    family = squares({"peer": 1 + 5e-5, harness.OURS: 1 + 5e-5})
+    family.PEER_SLACK = 10
+    assert set(outcome_of(family).wrong) == {harness.OURS}
+
+
 def test_a_provider_that_raises_is_wrong_not_the_end():
     def broken(case, x):
         return 1 / 0
