@@ -126,32 +126,45 @@ struct Run {
 
   // A causal sweep: every segment is reached by the state before it. start(item, state) says whether there is one
   // before the first; finish(item, state) takes the last.
-  template <class Start, class Finish>
-  void sweep(SegmentPass sums, SegmentPass run, bool backwards, const Start& start, const Finish& finish) const {
-    each(whole, [&](int64_t index, void* scratch) {
-      const Memory states(2 * state_size);
-      char *const state = at(states, 0), *const local = at(states, 1);
-      bool some = start(item(index), state);
-      for (const Segment& segment : segments(index, true, backwards)) {
-        pass(run, segment, some ? state : nullptr, local, scratch);
-        kernels.append(p, state, local, !some);
-        some = true;
-      }
-      finish(item(index), state);
-    });
-    if (whole == p.items()) return;
+  struct Sweep {
+    SegmentPass sums;
+    SegmentPass run;
+    bool backwards;
+    bool (*start)(const LinearAttentionItem&, void* state);
+    void (*finish)(const LinearAttentionItem&, const void* state);
+  };
 
+  // Sweeps in turn, item by item: the next one finds in the cache what the one before has read.
+  void sweep(std::initializer_list<Sweep> sweeps) const {
+    each(whole, [&](int64_t index, void* scratch) {
+      for (const Sweep& sweep : sweeps) sweep_item(sweep, index, scratch);
+    });
+    for (const Sweep& sweep : sweeps)
+      if (whole < p.items()) sweep_shared(sweep);
+  }
+  void sweep_item(const Sweep& sweep, int64_t index, void* scratch) const {
+    const Memory states(2 * state_size);
+    char *const state = at(states, 0), *const local = at(states, 1);
+    bool some = sweep.start(item(index), state);
+    for (const Segment& segment : segments(index, true, sweep.backwards)) {
+      pass(sweep.run, segment, some ? state : nullptr, local, scratch);
+      kernels.append(p, state, local, !some);
+      some = true;
+    }
+    sweep.finish(item(index), state);
+  }
+  void sweep_shared(const Sweep& sweep) const {
     // The same sums, for all segments but the last at once; then what is before each; then the passes themselves.
-    const Shared all = shared(true, backwards);
+    const Shared all = shared(true, sweep.backwards);
     const Memory locals(all.count() * state_size), befores(all.count() * state_size);
     std::vector<char> some(all.count());
     const auto is_last = [&](int64_t s) { return s + 1 == all.first[all.segments[s].item - whole + 1]; };
     each(all.count(), [&](int64_t s, void* scratch) {
-      if (!is_last(s)) pass(sums, all.segments[s], nullptr, at(locals, s), scratch);
+      if (!is_last(s)) pass(sweep.sums, all.segments[s], nullptr, at(locals, s), scratch);
     });
     each(p.items() - whole, [&](int64_t left, void*) {
       const int64_t first = all.first[left];
-      some[first] = start(item(whole + left), at(befores, first));
+      some[first] = sweep.start(item(whole + left), at(befores, first));
       for (int64_t s = first + 1; s < all.first[left + 1]; ++s) {
         std::memcpy(at(befores, s), at(befores, s - 1), state_size);
         kernels.append(p, at(befores, s), at(locals, s - 1), !some[s - 1]);
@@ -159,10 +172,10 @@ struct Run {
       }
     });
     each(all.count(), [&](int64_t s, void* scratch) {
-      pass(run, all.segments[s], some[s] ? at(befores, s) : nullptr, at(locals, s), scratch);
+      pass(sweep.run, all.segments[s], some[s] ? at(befores, s) : nullptr, at(locals, s), scratch);
       if (!is_last(s)) return;
       kernels.append(p, at(befores, s), at(locals, s), !some[s]);
-      finish(item(all.segments[s].item), at(befores, s));
+      sweep.finish(item(all.segments[s].item), at(befores, s));
     });
   }
 
@@ -230,7 +243,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_attention(const Tensor
   const LinearAttentionKernels& kernels = run.kernels;
   const auto nothing = [](const LinearAttentionItem&, void*) {};
   if (causal)
-    run.sweep(kernels.key_sums, kernels.forward, false, kernels.initial_state, kernels.final_state);
+    run.sweep({{kernels.key_sums, kernels.forward, false, kernels.initial_state, kernels.final_state}});
   else
     run.total(true, kernels.key_sums, kernels.forward, nothing, kernels.initial_state, kernels.final_state);
   return results;
@@ -278,8 +291,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_attention_back
   const LinearAttentionKernels& kernels = run.kernels;
   if (causal) {
     const auto nothing = [](const LinearAttentionItem&, const void*) {};
-    run.sweep(kernels.key_sums, kernels.query_gradients, false, kernels.initial_state, nothing);
-    run.sweep(kernels.query_sums, kernels.key_gradients, true, kernels.final_gradient, kernels.initial_gradient);
+    run.sweep({{kernels.key_sums, kernels.query_gradients, false, kernels.initial_state, nothing},
+               {kernels.query_sums, kernels.key_gradients, true, kernels.final_gradient, kernels.initial_gradient}});
   } else {
     const auto start = [&](const LinearAttentionItem& item, void* state) {
       kernels.clear_state(item.work->problem, state);
