@@ -227,6 +227,7 @@ def cases(device: str, quick: bool) -> list[Case]:
 # of 30.
 PEER_SLACK = 10
 
+
 def truth(case: Case, inputs: Inputs) -> dict[str, tuple[Tensor, float]]:
     """In float64 from the inputs as they are; a decoder may differ from it where a score is at the threshold.
 
