@@ -14,18 +14,40 @@ from triton_tools import SHARED_MEMORY, offline
 from fastnlp_ops._triton import linear_attention, linear_attention_call, linear_attention_step
 
 PRODUCTS = {f"linear_attention_{name}_kernel" for name in ("queries", "keys", "sums")}
-DTYPES = {"bf16": torch.bfloat16, "f32": torch.float32}
-ELU, EXP = 1, 4
+ELU, EXP, SOFTMAX, COSINE = 1, 4, 5, 6
+BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
+FEW = {"heads": 2, "tokens": 600}
+# Beside bfloat16 of 64 and 128 channels, which all architectures compile: each with the architecture that has least to
+# spare for it. Causal float32 of 128 channels is not among them: a tile of it that needs no stack was not found.
+CASES = [
+    (90, BF16, 64, {"feature_map": EXP}),
+    (90, BF16, 64, {"decay": True}),
+    (90, BF16, 64, FEW),
+    (90, F32, 64, {}),
+    (90, BF16, 32, {"decay": True}),
+    (80, BF16, 96, {}),
+    (90, BF16, 128, {"decay": True}),
+    (90, BF16, 128, {"decay": True, **FEW}),
+    (90, BF16, 128, {"feature_map": COSINE}),
+    (90, BF16, 128, {"feature_map": EXP, "causal": False}),
+    (90, BF16, 128, {"feature_map": SOFTMAX, "causal": False}),
+    (90, BF16, 128, {"group": 4}),
+    (90, BF16, 256, {}),
+    (80, F16, 128, {}),
+    (90, F16, 128, {"decay": True}),
+    (90, F32, 128, {"causal": False}),
+    (90, F64, 64, {}),
+]
 
 
-def launch(dtype, size, feature_map=ELU, causal=True, decay=False, heads=400, tokens=64):
+def launch(dtype, size, feature_map=ELU, causal=True, decay=False, heads=400, tokens=64, group=1):
     """Forward and backward as a step of training calls them: one kernel for 400 heads, segments for few."""
-    q, k, v = (torch.zeros(1, tokens, heads, size, dtype=dtype) for _ in range(3))
+    q, k, v = (torch.zeros(1, tokens, n, size, dtype=dtype) for n in (heads * group, heads, heads))
     log_decay = torch.zeros(heads) if decay else None
     mask = torch.ones(1, tokens, dtype=torch.bool)
     options = (mask, None, None, log_decay, None, None, None, feature_map, causal, True, 0.125, 1e-6)
     results = linear_attention.linear_attention(q, k, v, *options)
-    linear_attention.linear_attention_backward(v, None, None, q, k, v, *results, *options)
+    linear_attention.linear_attention_backward(results[0], None, None, q, k, v, *results, *options)
 
 
 def compile_for(architecture, monkeypatch, function, *arguments, **options):
@@ -37,7 +59,8 @@ def compile_for(architecture, monkeypatch, function, *arguments, **options):
     for kernel in compiled:
         assert kernel.stack == 0, f"{kernel.name}: {kernel.stack} bytes of a thread's registers are spilled"
         assert kernel.shared <= SHARED_MEMORY[architecture], f"{kernel.name}: {kernel.shared} bytes of shared memory"
-        assert kernel.name not in PRODUCTS or kernel.matrix_instructions, f"{kernel.name} multiplies without them"
+        if kernel.name in PRODUCTS and arguments[0] is not F64:
+            assert kernel.matrix_instructions, f"{kernel.name} multiplies without them"
     return [kernel.name for kernel in compiled]
 
 
@@ -51,15 +74,11 @@ def test_compiled(architecture, size, monkeypatch):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("options", [{"feature_map": EXP}, {"decay": True}, {"heads": 2, "tokens": 600}], ids=str)
-def test_compiled_options(options, monkeypatch):
-    names = compile_for(90, monkeypatch, launch, torch.bfloat16, 64, **options)
-    assert ("linear_attention_sums_kernel" in names) == ("heads" in options), "texts of few heads are split"
-
-
-@pytest.mark.long
-def test_compiled_float32(monkeypatch):
-    compile_for(90, monkeypatch, launch, torch.float32, 64)
+@pytest.mark.parametrize(("architecture", "dtype", "size", "options"), CASES, ids=str)
+def test_compiled_cases(architecture, dtype, size, options, monkeypatch):
+    names = compile_for(architecture, monkeypatch, launch, dtype, size, **options)
+    split = "heads" in options or not options.get("causal", True)
+    assert ("linear_attention_sums_kernel" in names) == split, "texts of few heads are split"
 
 
 @pytest.mark.parametrize("architecture", [80, 90, 100, 120])

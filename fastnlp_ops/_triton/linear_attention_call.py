@@ -19,8 +19,9 @@ from fastnlp_ops._triton.log_sum_exp import compute_dtype
 
 # Tokens of a block, columns of the result that a program has, and warps: by bytes of a tile's elements, and by weight,
 # for out and dv, and for dq and dk, which hold gradients of denominators besides. Weight is one for products over 128
-# channels, two for 256, and more for what takes registers: decays, maxima, several query heads for a key, and cards
-# whose warps cannot multiply from shared memory. tests/test_linear_attention_compiled.py sees what spills.
+# channels, two for 256, and more for what takes registers: cards whose warps cannot multiply from shared memory, and in
+# causal passes decays, maxima, biases, several query heads for a key. tests/test_linear_attention_compiled.py sees what
+# spills; causal float32 does so from 128 channels on, in any tile.
 _TILES = {
     2: (
         ((32, 64, 4), (32, 64, 4)),
@@ -28,8 +29,8 @@ _TILES = {
         ((16, 32, 8), (16, 32, 8)),
         ((16, 32, 8), (16, 16, 8)),
     ),
-    4: (((16, 32, 4), (16, 32, 4)), ((16, 32, 8), (16, 16, 8)), ((16, 16, 8), (16, 16, 8)), ((16, 16, 8), (16, 16, 8))),
-    8: (((16, 32, 4), (16, 32, 4)), ((16, 32, 8), (16, 16, 8)), ((16, 16, 8), (16, 16, 8)), ((16, 16, 8), (16, 16, 8))),
+    4: (((16, 32, 4), (16, 32, 4)), ((16, 32, 8), (16, 32, 8))),
+    8: (((16, 32, 4), (16, 32, 4)), ((16, 16, 8), (16, 16, 8))),
 }
 _LEAST_SEGMENT = 256  # tokens; a state of 128 x 128 is as much to write as 128 tokens are to read
 
@@ -41,7 +42,7 @@ def _architecture(x: Tensor) -> int:
 def _tile(dtype: torch.dtype, weight: int, turned: bool) -> tuple[int, int, int]:
     # float16 goes through TF32, which has as many digits, and the range of float32 for sums over tokens
     size = 4 if dtype == torch.float16 else dtype.itemsize
-    return _TILES[size][min(weight, 3)][turned]
+    return _TILES[size][min(weight, len(_TILES[size]) - 1)][turned]
 
 
 def _programs(x: Tensor) -> int:
@@ -205,9 +206,13 @@ class Call:
         if turned:
             inner, outer = outer, inner
         weight = max(0, inner.bit_length() - 7) + {9: 0, 10: 0, 12: 2}.get(_architecture(self.q), 1)
-        weight += self.log_decay is not None or self.map == EXP.value or self.group > 1
+        heavy = self.log_decay is not None or self.map == EXP.value or self.bias or self.group > 1
+        weight += bool(self.causal and heavy)
         block, columns, warps = _tile(self.dtype, weight, turned)
-        return inner, min(columns, outer), block, warps
+        columns = min(columns, outer)
+        if columns < 8 * warps:
+            block = 16  # else warps would share the rows, and each hold those of several
+        return inner, columns, block, warps
 
     def slots(self, tokens: int, cu_seqlens: Tensor | None, segment: int) -> int:
         if cu_seqlens is None:
