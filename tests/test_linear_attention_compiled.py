@@ -14,7 +14,7 @@ from triton_tools import SHARED_MEMORY, offline
 from fastnlp_ops._triton import linear_attention, linear_attention_call, linear_attention_step
 
 PRODUCTS = {f"linear_attention_{name}_kernel" for name in ("queries", "keys", "sums")}
-ELU, EXP, SOFTMAX, COSINE = 1, 4, 5, 6
+ELU, RELU, EXP, SOFTMAX, COSINE = 1, 2, 4, 5, 6
 BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 FEW = {"heads": 2, "tokens": 600}
 # Beside bfloat16 of 64 and 128 channels, which all architectures compile: each with the architecture that has least to
@@ -28,6 +28,7 @@ CASES = [
     (80, BF16, 96, {}),
     (90, BF16, 128, {"decay": True}),
     (90, BF16, 128, {"decay": True, **FEW}),
+    (90, BF16, 128, {"feature_map": RELU}),
     (90, BF16, 128, {"feature_map": COSINE}),
     (90, BF16, 128, {"feature_map": EXP, "causal": False}),
     (90, BF16, 128, {"feature_map": SOFTMAX, "causal": False}),

@@ -14,14 +14,15 @@ from fastnlp_ops._triton.linear_attention_keys import linear_attention_keys_kern
 from fastnlp_ops._triton.linear_attention_queries import linear_attention_queries_kernel
 from fastnlp_ops._triton.linear_attention_rows import map_rows
 from fastnlp_ops._triton.linear_attention_states import linear_attention_scan_kernel, linear_attention_sums_kernel
-from fastnlp_ops._triton.linear_attention_tiles import COSINE, EXP, IDENTITY, SOFTMAX
+from fastnlp_ops._triton.linear_attention_tiles import COSINE, ELU, EXP, IDENTITY, SOFTMAX
 from fastnlp_ops._triton.log_sum_exp import compute_dtype
 
 # Tokens of a block, columns of the result that a program has, and warps: by bytes of a tile's elements, and by weight,
 # for out and dv, and for dq and dk, which hold gradients of denominators besides. Weight is one for products over 128
 # channels, two for 256, and more for what takes registers: cards whose warps cannot multiply from shared memory, and in
-# causal passes decays, maxima, biases, several query heads for a key. tests/test_linear_attention_compiled.py sees what
-# spills; causal float32 does so from 128 channels on, in any tile.
+# causal passes decays, several query heads for a key, and maps other than elu+1 (relu^2 at 128 channels had 272 bytes
+# on the stack in the tile of elu+1). tests/test_linear_attention_compiled.py sees what spills; causal float32 does so
+# from 128 channels on, in any tile.
 _TILES = {
     2: (
         ((32, 64, 4), (32, 64, 4)),
@@ -206,7 +207,7 @@ class Call:
         if turned:
             inner, outer = outer, inner
         weight = max(0, inner.bit_length() - 7) + {9: 0, 10: 0, 12: 2}.get(_architecture(self.q), 1)
-        heavy = self.log_decay is not None or self.map == EXP.value or self.bias or self.group > 1
+        heavy = self.log_decay is not None or self.map != ELU.value or self.group > 1
         weight += bool(self.causal and heavy)
         block, columns, warps = _tile(self.dtype, weight, turned)
         columns = min(columns, outer)
