@@ -9,13 +9,6 @@ namespace fastnlp {
 namespace FASTNLP_ISA {
 namespace {
 
-constexpr int kRows = 4;  // that enter the column sums at a time, so that those are read and written once
-
-template <class C>
-int64_t padded_row(int64_t n) {
-  return (n + Simd<C>::lanes - 1) / Simd<C>::lanes * Simd<C>::lanes;
-}
-
 template <class C, class P, class G>
 struct Kernel {
   const AdafactorItem& item;
@@ -109,15 +102,13 @@ struct Kernel {
         roots[k] = factor == 0 ? C(0) : static_cast<C>(grad / std::sqrt(static_cast<double>(factor)));
       }
       if (own_columns && count == kRows) {
-        // Rows that come next are asked for while these are added, else memory would idle. Half of them at a time: a
-        // vector is half a line of the cache. What is asked for is never read, and may lie outside of the tensor.
-        const G* const next = static_cast<const G*>(t.grad.data) + grads + (i + kRows) * t.grad.row_stride;
-        const P* const own = static_cast<const P*>(t.param.data) + params + i * t.param.row_stride;
+        const RowsAhead<C, G> next = {static_cast<const G*>(t.grad.data) + grads + (i + kRows) * t.grad.row_stride,
+                                      t.grad.row_stride};
+        const RowsAhead<C, P> own = {static_cast<const P*>(t.param.data) + params + i * t.param.row_stride,
+                                     t.param.row_stride};
         add_columns<kRows>(g, weights, n, into, into + padded, [&](int64_t j) {
-          const int64_t half = j / Simd<C>::lanes % 2 * 2;
-          for (int64_t k = half; k < half + 2; ++k) __builtin_prefetch(next + k * t.grad.row_stride + j, 0, 2);
-          if (needs_param)
-            for (int64_t k = half; k < half + 2; ++k) __builtin_prefetch(own + k * t.param.row_stride + j, 0, 2);
+          next.ask(j);
+          if (needs_param) own.ask(j);
         });
       } else if (own_columns)
         for (int k = 0; k < count; ++k) add_columns<1>(g + k, weights + k, n, into, into + padded, [](int64_t) {});

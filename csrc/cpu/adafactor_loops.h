@@ -9,6 +9,12 @@ namespace {
 
 constexpr int64_t kBlock = 2048;  // longest sum in C
 constexpr int64_t kAhead = 512;   // elements of a row that are asked for before they are wanted
+constexpr int kRows = 4;          // that enter the column sums at a time, so that those are read and written once
+
+template <class C>
+int64_t padded_row(int64_t n) {
+  return (n + Simd<C>::lanes - 1) / Simd<C>::lanes * Simd<C>::lanes;
+}
 
 template <class C, class T>
 double sum_of_squares(const T* row, int64_t n) {
@@ -35,6 +41,20 @@ double sum_of_squares(const T* row, int64_t n) {
   }
   return total;
 }
+
+// kRows rows that will be wanted soon: asked for while others are added, else memory would idle. They are not read, and
+// may lie outside of the tensor.
+template <class C, class T>
+struct RowsAhead {
+  const T* first;
+  int64_t stride;
+
+  // Half of them at a time: a vector is half a line of the cache.
+  FASTNLP_MEMBER void ask(int64_t j) const {
+    const int64_t half = j / Simd<C>::lanes % 2 * (kRows / 2);
+    for (int64_t k = half; k < half + kRows / 2; ++k) __builtin_prefetch(first + k * stride + j, 0, 2);
+  }
+};
 
 // cs += g^2, W += g^2 * weight for K rows. ahead(j) asks for what will be wanted next.
 template <int K, class C, class G, class Ahead>
