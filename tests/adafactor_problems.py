@@ -58,12 +58,11 @@ class Run:
         self.moments = [torch.zeros(p.shape, **zeros) for p in self.params] if "beta1" in self.options else []
         self.averages = [p.to(self.state_dtype, copy=True) for p in self.params] if "ema_decay" in self.options else []
         self.steps, self.rms = (torch.zeros(len(self.params), device=self.params[0].device) for _ in range(2))
-        self.largest = {}  # numbers that each tensor has held so far: what they were rounded to stays in what follows
-        self.see()
+        self.largest = {}  # that each tensor held when it was seen: what that was rounded to stays in what follows
 
     def see(self):
         for name, x in self.tensors().items():
-            size = x.double().abs().max().item() if x.numel() else 0.0
+            size = x.abs().max().item() if x.numel() else 0.0
             self.largest[name] = max(size, self.largest.get(name, 0.0))
 
     def step(self, function, grads, **more):
@@ -79,7 +78,6 @@ class Run:
             rms=self.rms,
             **(self.options | more),
         )
-        self.see()
         return self
 
     def tensors(self):
@@ -107,16 +105,19 @@ def three_runs(shapes, options, device, steps=3, scale=1.0):
     params = [0.5 * torch.randn(shape, device=device) for shape in shapes]
     ours, plain = (Run([p.clone() for p in params], options) for _ in range(2))
     exact = Run([p.double() for p in params], options, torch.float64)
+    exact.see()
     for _ in range(steps):
         grads = draw(shapes, device, scale=scale)
         ours.step(fastnlp_ops.adafactor_step_, grads)
         plain.step(reference.adafactor_step_, grads)
         exact.step(reference.adafactor_step_, [g.double() for g in grads])
+        exact.see()
     return ours, plain, exact
 
 
 def assert_runs_agree(ours, plain, exact, level=0.0):
     """Every tensor within the budget, in units of the largest value that it has held."""
+    exact.see()
     for (name, a), b, c in zip(ours.tensors().items(), plain.tensors().values(), exact.tensors().values(), strict=True):
         size = exact.largest[name]
         size = size if 0 < size < float("inf") else 1.0
