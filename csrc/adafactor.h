@@ -160,8 +160,11 @@ FASTNLP_SHARED AdafactorGain adafactor_gain(const AdafactorGroup& group, const A
   // Of a NaN torch's Python max() makes 1, transformers' clamp a NaN.
   g.gain = over > 1 || (over != over && !torch_mode) ? alpha / over : alpha;
   if (group.layer_adaptation != 0) {
-    const double change =
-        g.gain * g.gain * update_squares + 2 * g.gain * decay * product + decay * decay * param_squares;
+    // Rounded sums lose twice the digits where update and decay cancel, as they may in a tensor of one number: its norm
+    // needs no sum of three.
+    const double along = g.gain * product + decay * param_squares;
+    const double change = numel == 1 ? along * along / param_squares
+                                     : g.gain * g.gain * update_squares + g.gain * decay * product + decay * along;
     const double ratio = change > 0 && param_squares > 0 ? step.lr * sqrt(param_squares / change) : 1;
     g.gain *= ratio;
     decay *= ratio;

@@ -185,8 +185,6 @@ class Adafactor(FactoredOptimizer):
         rounding (str): "stochastic": bfloat16 and float16 parameters are rounded up or down at random with the right
             mean, so that steps below half a unit in the last place are not lost. The same on every device and path.
         layer_adaptation (bool): every parameter's step is as long as its learning rate times the norm of the parameter.
-            Of a parameter of one element, where weight decay all but cancels its update, it is less exact (3e-4 was
-            seen): it comes from sums over the update and the parameter.
         lazy (bool): rows of matrices whose gradient is zero keep their value: embeddings of words that did not occur.
         ema_decay (float): keep a moving average of the weights, see :meth:`averaged_weights`; None: none.
         skip_nonfinite (bool): a step with NaN or infinity (or a square beyond float32) in any gradient is left out.

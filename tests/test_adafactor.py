@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 from adafactor_problems import CASES, OPTIONS, Run, assert_runs_agree, draw, three_runs
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tools import assert_same
 
@@ -231,10 +231,8 @@ def test_repeatable(device, threads):
     st.integers(0, 2**31),
 )
 def test_fuzz(device, shapes, options, scale, steps, seed):
-    # With decay the norm of a layer's step comes from three sums, which cancel where the only number of a tensor does.
-    assume(options != "layers" or all(math.prod(shape) != 1 for shape in shapes))
     torch.manual_seed(seed)
-    assert_runs_agree(*three_runs(shapes, OPTIONS[options], device, steps, scale), level=4e-7)
+    assert_runs_agree(*three_runs(shapes, OPTIONS[options], device, steps, scale), level=4e-7, held=True)
 
 
 @pytest.mark.parametrize("shape", [(5, 3), (1, 9), (9, 1), (40, 70), (2, 6, 5)])

@@ -49,7 +49,7 @@ struct RowsAhead {
   const T* first;
   int64_t stride;
 
-  // Half of them at a time: a vector is half a line of the cache.
+  // Half of them at a time: a vector of float32 is half a line of the cache.
   FASTNLP_MEMBER void ask(int64_t j) const {
     const int64_t half = j / Simd<C>::lanes % 2 * (kRows / 2);
     for (int64_t k = half; k < half + kRows / 2; ++k) __builtin_prefetch(first + k * stride + j, 0, 2);
@@ -116,7 +116,7 @@ void update_plainly(C keep, const C* factors, P* const* rows, const G* const* gr
   for (; j + lanes <= n; j += lanes) {
     const Vec<C> c = load(column + j);
     for (int k = 0; k < K; ++k) {
-      if ((j / lanes + k) % 2 == 0) {  // a vector is half a line of the cache
+      if ((j / lanes + k) % 2 == 0) {  // a vector of float32 is half a line of the cache
         __builtin_prefetch(rows[k] + j + kAhead, 1, 2);
         __builtin_prefetch(grads[k] + j + kAhead, 0, 2);
       }
