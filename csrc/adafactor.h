@@ -163,8 +163,9 @@ FASTNLP_SHARED AdafactorGain adafactor_gain(const AdafactorGroup& group, const A
     // Rounded sums lose twice the digits where update and decay cancel, as they may in a tensor of one number: its norm
     // needs no sum of three.
     const double along = g.gain * product + decay * param_squares;
-    const double change = numel == 1 ? along * along / param_squares
-                                     : g.gain * g.gain * update_squares + g.gain * decay * product + decay * along;
+    const double change = numel == 1 && decay != 0
+                              ? along * along / param_squares
+                              : g.gain * g.gain * update_squares + g.gain * decay * product + decay * along;
     const double ratio = change > 0 && param_squares > 0 ? step.lr * sqrt(param_squares / change) : 1;
     g.gain *= ratio;
     decay *= ratio;

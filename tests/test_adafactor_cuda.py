@@ -59,6 +59,7 @@ def runs(step, shapes, options, grads_of, dtype=torch.float32, steps=2):
         ours.step(step, [g.to(dtype) for g in grads])
         plain.step(reference.adafactor_step_, grads)
         exact.step(reference.adafactor_step_, [g.double() for g in grads])
+        exact.see()
     return ours, plain, exact
 
 
