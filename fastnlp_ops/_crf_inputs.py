@@ -118,21 +118,21 @@ def _is_taken(
     cu_seqlens: Tensor | None,
 ) -> bool:
     """Whether `kernel_inputs` has nothing to convert. Shapes the ops check themselves."""
-    score = torch.float64 if emissions.dtype == torch.float64 else torch.float32
+    score = torch.float64 if emissions.dtype is torch.float64 else torch.float32
     device = emissions.device
     return (
         emissions.stride(-1) == 1
-        and transitions.dtype == score
+        and transitions.dtype is score
         and transitions.device == device
-        and _is_dense(start_transitions, score, device)
-        and _is_dense(end_transitions, score, device)
-        and _is_dense(mask, torch.bool, device)
-        and _is_dense(cu_seqlens, torch.int64, device)
+        and (start_transitions is None or _is_dense(start_transitions, score, device))
+        and (end_transitions is None or _is_dense(end_transitions, score, device))
+        and (mask is None or _is_dense(mask, torch.bool, device))
+        and (cu_seqlens is None or _is_dense(cu_seqlens, torch.int64, device))
     )
 
 
-def _is_dense(x: Tensor | None, dtype: torch.dtype, device: torch.device) -> bool:
-    return x is None or (x.dtype == dtype and x.device == device and x.is_contiguous())
+def _is_dense(x: Tensor, dtype: torch.dtype, device: torch.device) -> bool:
+    return x.dtype is dtype and x.device == device and x.is_contiguous()
 
 
 def needs_grad(emissions: Tensor, transitions: Tensor, start: Tensor | None, end: Tensor | None) -> bool:

@@ -81,6 +81,7 @@ class CRF(nn.Module):
         self.register_buffer("_forbidden", None, persistent=False)
         self.register_buffer("_forbidden_starts", None, persistent=False)
         self.register_buffer("_forbidden_ends", None, persistent=False)
+        self._constrained = labels is not None  # a buffer takes longer to look up
         if labels is not None:
             allowed, starts, ends = transition_mask(labels, scheme or "BIO")
             self._forbidden, self._forbidden_starts, self._forbidden_ends = ~allowed, ~starts, ~ends
@@ -184,10 +185,9 @@ class CRF(nn.Module):
         transitions: Tensor = self.transitions
         start: Tensor = self.start_transitions
         end: Tensor = self.end_transitions
-        forbidden = self._forbidden
-        if forbidden is not None:
-            forbidden_starts, forbidden_ends = self._forbidden_starts, self._forbidden_ends
-            assert forbidden_starts is not None and forbidden_ends is not None  # TorchScript asks
+        if self._constrained:
+            forbidden, forbidden_starts, forbidden_ends = self._forbidden, self._forbidden_starts, self._forbidden_ends
+            assert forbidden is not None and forbidden_starts is not None and forbidden_ends is not None
             transitions = transitions.masked_fill(forbidden, float("-inf"))
             start = start.masked_fill(forbidden_starts, float("-inf"))
             end = end.masked_fill(forbidden_ends, float("-inf"))

@@ -42,6 +42,7 @@ struct CrfWork {
 };
 
 constexpr int kSequenceLanes = 8;
+constexpr int kPathGroup = 4;  // sequences of one call of `viterbi`
 
 // Float64 sums over the sequences of one group, added up in the order of the groups: [N, N], [N], [N].
 struct CrfSums {
@@ -68,7 +69,7 @@ struct CrfKernels {
   unsigned (*viterbi_lanes)(const CrfWork&, const CrfSequence*, int64_t count, void* scratch);
   size_t (*lanes_scratch)(const CrfProblem&);
   size_t (*viterbi_lanes_scratch)(const CrfWork&, int64_t longest);
-  // One sequence, or two of which the first is the longer; twice the scratch of a path.
+  // Up to kPathGroup sequences, longest first, each with the scratch of a path.
   void (*viterbi)(const CrfWork&, const CrfSequence*, int64_t count, void* scratch);
   void (*viterbi_n_best)(const CrfWork&, const CrfSequence&, void* scratch);
   void (*sample)(const CrfWork&, const CrfSequence&, void* scratch);

@@ -1,5 +1,7 @@
 // Kernels that return paths or walk one way only: Viterbi, n-best, sampling, entropy. Included by crf.cpp.
 #pragma once
+#include <optional>
+
 #include "crf_chain.h"
 
 namespace fastnlp {
@@ -74,11 +76,14 @@ FASTNLP_INLINE int64_t first_max(const C* x, int64_t n, P padded) {
   Vec<C> top = splat(-static_cast<C>(INFINITY));
   for (int64_t i = 0; i < padded; i += lanes) top = maximum(load(x + i), top);
   const Vec<C> best = splat(max_of(top));
-  for (int64_t i = 0; i < padded; i += lanes)
-    if (const unsigned found = bits_of(load(x + i) == best)) {
-      const int64_t first = i + __builtin_ctz(found);
-      return first < n ? first : 0;
-    }
+  for (int64_t i = 0; i < padded; i += 64) {  // a branch for each vector would seldom be foreseen
+    uint64_t found = 0;
+    for (int64_t c = 0; c < 64 && i + c < padded; c += lanes)
+      found |= static_cast<uint64_t>(bits_of(load(x + i + c) == best)) << c;
+    if (found == 0) continue;
+    const int64_t first = i + __builtin_ctzll(found);
+    return first < n ? first : 0;
+  }
   return 0;
 }
 
@@ -107,31 +112,43 @@ struct Viterbi : Walk<C, BLOCK> {
   }
   void* behind() const { return e + this->padded; }
 
-  void forward_step(int64_t k) {
-    const int64_t n = this->n;
-    const auto padded = this->padded;
-    const C* from = a + (k - 1) * padded;
-    C* to = a + k * padded;
-    this->enter(k, true, false);
-    this->read_emissions(k, e);
-    for (int64_t block = 0; block < padded; block += T * lanes) {
-      constexpr int unroll = T <= 2 ? 4 : T <= 4 ? 2 : 1;
-      Vec<C> best[unroll][T];
-      for (int u = 0; u < unroll; ++u)
-        for (int v = 0; v < T; ++v) best[u][v] = splat(-static_cast<C>(INFINITY));
-      const C* scores = this->forward.scores + block;
+  // Step k of S sequences, which share the matrix and its loads where they are two.
+  template <int S>
+  static void forward_step(Viterbi* const (&each)[S], int64_t k) {
+    constexpr int width = S == 1 || T <= 4 ? T : T / 2;  // as many maxima as stay in registers
+    constexpr int unroll = S * width <= 2 ? 4 : S * width <= 4 ? 2 : 1;
+    const int64_t n = each[0]->n;
+    const auto padded = each[0]->padded;
+    const C* from[S];
+    C* to[S];
+    for (int s = 0; s < S; ++s) {
+      from[s] = each[s]->a + (k - 1) * padded;
+      to[s] = each[s]->a + k * padded;
+      each[s]->enter(k, true, false);
+      each[s]->read_emissions(k, each[s]->e);
+    }
+    for (int64_t block = 0; block < padded; block += width * lanes) {
+      Vec<C> best[S][unroll][width];
+      for (int s = 0; s < S; ++s)
+        for (int u = 0; u < unroll; ++u)
+          for (int v = 0; v < width; ++v) best[s][u][v] = splat(-static_cast<C>(INFINITY));
+      const C* scores = each[0]->forward.scores + block;
+      const Vec<C> one = opaque(splat(C(1)));
+      const auto enter_from = [&](int64_t i, int u) {
+        for (int v = 0; v < width; ++v) {
+          const Vec<C> score = opaque(load(scores + i * padded + v * lanes));
+          for (int s = 0; s < S; ++s) best[s][u][v] = maximum(splat(from[s][i]) * one + score, best[s][u][v]);
+        }
+      };
       int64_t i = 0;
       for (; i + unroll <= n; i += unroll)
-        for (int u = 0; u < unroll; ++u)
-          for (int v = 0; v < T; ++v)
-            best[u][v] = maximum(splat(from[i + u]) + load(scores + (i + u) * padded + v * lanes), best[u][v]);
-      for (; i < n; ++i)
-        for (int v = 0; v < T; ++v)
-          best[0][v] = maximum(splat(from[i]) + load(scores + i * padded + v * lanes), best[0][v]);
-      for (int v = 0; v < T; ++v) {
-        for (int u = 1; u < unroll; ++u) best[0][v] = maximum(best[u][v], best[0][v]);
-        store(to + block + v * lanes, best[0][v] + load(e + block + v * lanes));
-      }
+        for (int u = 0; u < unroll; ++u) enter_from(i + u, u);
+      for (; i < n; ++i) enter_from(i, 0);
+      for (int s = 0; s < S; ++s)
+        for (int v = 0; v < width; ++v) {
+          for (int u = 1; u < unroll; ++u) best[s][0][v] = maximum(best[s][u][v], best[s][0][v]);
+          store(to[s] + block + v * lanes, best[s][0][v] + load(each[s]->e + block + v * lanes));
+        }
     }
   }
   void turn() {
@@ -153,34 +170,29 @@ struct Viterbi : Walk<C, BLOCK> {
   }
 };
 
-// Two sequences take turns, the longer one first: a step waits for the one before it, and the other fills the wait.
+// Up to kPathGroup sequences, longest first: forwards two share each step, and backwards all take turns, because a step
+// waits for the one before it and the others fill the wait.
 template <class C, int BLOCK>
 void viterbi(const CrfWork& work, const CrfSequence* sequences, int64_t count, void* scratch) {
-  Viterbi<C, BLOCK> one(work, sequences[0], scratch);
-  if (one.sequence.length == 0) {
-    if (count > 1) Viterbi<C, BLOCK>(work, sequences[1], scratch);
-    return;
+  std::optional<Viterbi<C, BLOCK>> walks[kPathGroup];
+  int64_t lengths[kPathGroup + 1] = {};
+  for (int64_t l = 0; l < count; ++l) {
+    walks[l].emplace(work, sequences[l], scratch);
+    lengths[l] = sequences[l].length;
+    scratch = walks[l]->behind();
   }
-  const int64_t length = sequences[0].length;
-  const int64_t other = count > 1 ? sequences[1].length : 0;
-  if (other == 0) {
-    if (count > 1) Viterbi<C, BLOCK>(work, sequences[1], one.behind());
-    for (int64_t k = 1; k < length; ++k) one.forward_step(k);
-    one.turn();
-    for (int64_t k = length - 1; k > 0; --k) one.back_step(k);
-    return;
+  for (int64_t l = 0; l < count; l += 2) {
+    const int64_t shared = work.problem.transitions_per_position ? 0 : lengths[l + 1];
+    int64_t k = 1;
+    for (; k < shared; ++k) Viterbi<C, BLOCK>::template forward_step<2>({&*walks[l], &*walks[l + 1]}, k);
+    for (; k < lengths[l]; ++k) {
+      Viterbi<C, BLOCK>::template forward_step<1>({&*walks[l]}, k);
+      if (k < lengths[l + 1]) Viterbi<C, BLOCK>::template forward_step<1>({&*walks[l + 1]}, k);
+    }
   }
-  Viterbi<C, BLOCK> two(work, sequences[1], one.behind());
-  for (int64_t k = 1; k < length; ++k) {
-    one.forward_step(k);
-    if (k < other) two.forward_step(k);
-  }
-  one.turn();
-  two.turn();
-  for (int64_t k = length - 1; k > 0; --k) {
-    one.back_step(k);
-    if (k < other) two.back_step(k);
-  }
+  for (int64_t l = 0; l < count && lengths[l] > 0; ++l) walks[l]->turn();
+  for (int64_t k = lengths[0] - 1; k > 0; --k)
+    for (int64_t l = 0; l < count && k < lengths[l]; ++l) walks[l]->back_step(k);
 }
 
 // K best lists per tag; a candidate enters only where it is strictly better, so ties keep the lowest (tag, rank).

@@ -237,17 +237,18 @@ std::tuple<Tensor, Tensor> crf_viterbi(const Tensor& emissions, const Tensor& tr
   run.work.paths = paths.mutable_data_ptr<int64_t>();
   run.work.scores = scores.mutable_data_ptr();
   const bool lanes = run.together > 1 && run.kernels.viterbi_lanes;
-  const size_t bytes = std::max(2 * run.kernels.path_scratch(run.work, run.plan.longest),
-                                lanes ? run.kernels.viterbi_lanes_scratch(run.work, run.plan.longest) : 0);
-  // Pairs hide each other's latency; few sequences had better be shared out among the threads.
+  // Groups hide each other's latency; few sequences had better be shared out among the threads.
   const int64_t batch = run.call.problem.batch;
-  const int64_t pair = batch >= 4 ? 2 : 1;
-  run.parallel(lanes ? run.items() : (batch + pair - 1) / pair, [&](int64_t begin, int64_t end) {
+  const size_t path = run.kernels.path_scratch(run.work, run.plan.longest);
+  const int64_t group = batch >= 8 && path <= (size_t{1} << 18) ? kPathGroup : batch >= 4 ? 2 : 1;
+  const size_t bytes =
+      std::max(group * path, lanes ? run.kernels.viterbi_lanes_scratch(run.work, run.plan.longest) : 0);
+  run.parallel(lanes ? run.items() : (batch + group - 1) / group, [&](int64_t begin, int64_t end) {
     const Memory scratch(bytes);
     const auto alone = [&](const CrfSequence* s, int64_t n) { run.kernels.viterbi(run.work, s, n, scratch.get()); };
     for (int64_t item = begin; item < end; ++item) {
       if (!lanes) {
-        alone(&run.plan.sequences[item * pair], std::min(pair, batch - item * pair));
+        alone(&run.plan.sequences[item * group], std::min(group, batch - item * group));
         continue;
       }
       run.each_of(

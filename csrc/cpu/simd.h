@@ -48,6 +48,15 @@ FASTNLP_INLINE Vec<C> splat(C x) {
   return x - Vec<C>{};
 }
 
+// v, of which the compiler knows nothing but that it stands in a register.
+template <class V>
+FASTNLP_INLINE V opaque(V v) {
+#ifdef __AVX2__
+  asm("" : "+x"(v));
+#endif
+  return v;
+}
+
 // A NaN in a is passed over, a NaN in b is kept.
 template <class V>
 FASTNLP_INLINE V maximum(V a, V b) {
