@@ -82,6 +82,8 @@ def linear_attention(
         ValueError: for a shape, a size, a device or a combination of options that does not fit; on CPU offsets that do
             not rise from 0 to the number of tokens.
         TypeError: for a dtype that is not listed, or differs between q, k and v.
+        RuntimeError: on a GPU whose processors have too little shared memory for the head size, as may happen with
+            256 channels in float32.
 
     Preconditions:
         log_decay <= 0. On CUDA offsets are not checked.

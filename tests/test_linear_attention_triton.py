@@ -9,8 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
 
 TESTS = Path(__file__).parent
 # Some layouts for each map, so that each is met once: all of them take the interpreter ten minutes.
@@ -48,3 +49,28 @@ def test_in_the_interpreter(run, device):
     assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-2000:]
     passed = int(result.stdout.rsplit(" passed", 1)[0].rsplit(None, 1)[-1].lstrip("="))
     assert passed >= least, f"only {passed} tests were selected"
+
+
+class TooLarge:
+    """Launched like a kernel, on a GPU that is too small for it."""
+
+    def __getitem__(self, grid):
+        def launch(**arguments):
+            raise triton.OutOfResources(135168, 101376, "shared memory")
+
+        return launch
+
+
+def test_a_gpu_with_little_memory():
+    from fastnlp_ops._triton.linear_attention_call import Call
+    from fastnlp_ops._triton.linear_attention_tiles import ELU
+
+    x = torch.zeros(1, 2, 1, 256)
+    call = Call(x, x, x, *[None] * 7, ELU.value, False, True, 1.0, 1e-6)
+    sentence = (
+        "linear_attention of 256 and 256 channels in torch.float32 needs 135168 bytes of shared memory, this GPU has "
+        "101376; bfloat16 needs less"
+    )
+    with pytest.raises(RuntimeError) as caught:
+        call._launch(TooLarge(), 2, None, 64, False, q_ptr=x)
+    assert str(caught.value) == sentence

@@ -192,14 +192,21 @@ class Call:
         width = self.DK if turned else self.DV
         columns = triton.cdiv(width, outer)
         decay = self.log_decay if self.causal else None
-        kernel[(self.slots(tokens, cu_seqlens, segment) * self.heads * columns,)](
-            k_ptr=self.k, v_ptr=self.v, decay_ptr=decay, cu_ptr=cu_seqlens, tokens=tokens, segment=segment,
-            segments=triton.cdiv(max(tokens, 1), segment), sequences=self.N, heads=self.heads, columns=columns,
-            **_strides("q", arguments["q_ptr"]), **_strides("k", self.k), **_strides("v", self.v),
-            **_strides("decay", decay), BIAS=self.bias, GROUP=self.group, DK=self.DK, DV=self.DV, INNER=inner,
-            OUTER=outer, BLOCK=block, PRECISION="tf32" if self.dtype == torch.float16 else precision(self.dtype),
-            num_warps=warps, num_stages=2, enable_fp_fusion=True, **arguments,
-        )  # fmt: skip
+        grid = (self.slots(tokens, cu_seqlens, segment) * self.heads * columns,)
+        try:
+            kernel[grid](
+                k_ptr=self.k, v_ptr=self.v, decay_ptr=decay, cu_ptr=cu_seqlens, tokens=tokens, segment=segment,
+                segments=triton.cdiv(max(tokens, 1), segment), sequences=self.N, heads=self.heads, columns=columns,
+                **_strides("q", arguments["q_ptr"]), **_strides("k", self.k), **_strides("v", self.v),
+                **_strides("decay", decay), BIAS=self.bias, GROUP=self.group, DK=self.DK, DV=self.DV, INNER=inner,
+                OUTER=outer, BLOCK=block, PRECISION="tf32" if self.dtype == torch.float16 else precision(self.dtype),
+                num_warps=warps, num_stages=2, enable_fp_fusion=True, **arguments,
+            )  # fmt: skip
+        except triton.OutOfResources as error:
+            raise RuntimeError(
+                f"linear_attention of {self.DK} and {self.DV} channels in {self.dtype} needs {error.required} bytes of "
+                f"{error.name}, this GPU has {error.limit}; bfloat16 needs less"
+            ) from error
 
     def tile(self, turned: bool) -> tuple[int, int, int, int]:
         """Channels that a product is taken over, columns of the result in a program, tokens of a block, warps."""
