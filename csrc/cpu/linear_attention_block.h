@@ -147,11 +147,11 @@ struct Block {
               sizes.value_stride, ahead);
   }
 
-  // Rows of out will be written.
-  void expect_out(int64_t t, int64_t h, int64_t n) const {
+  // Rows that will be written: of `heads` heads, of `size` numbers each, from `row` on.
+  void expect_rows(const void* to, int64_t row, int64_t heads, int64_t size, int64_t n) const {
     with_stored<C>(p.dtype, [&](auto* type) {
-      const int64_t bytes = p.value_size * sizeof(*type);
-      ahead.expect(reinterpret_cast<uintptr_t>(work.out) + query_row(t, h) * bytes, p.heads * bytes, n, bytes);
+      const int64_t bytes = size * sizeof(*type);
+      ahead.expect(reinterpret_cast<uintptr_t>(to) + row * bytes, heads * bytes, n, bytes);
     });
   }
 
@@ -259,6 +259,9 @@ struct Block {
   }
   int64_t query_row(int64_t t, int64_t h) const {
     return (sequence.batch * p.queries + sequence.query0 + t) * p.heads + head(h);
+  }
+  int64_t key_row(int64_t t) const {
+    return (sequence.batch * p.keys + sequence.key0 + t) * p.key_heads + item.key_head;
   }
   // log z of rows, where exp is normalised; else their features are not scaled.
   const C* read_shift(int64_t t, int64_t n, int64_t h) const {

@@ -94,7 +94,7 @@ void forward(const LinearAttentionItem& item, int64_t begin, int64_t end, const 
     }
     const Triangle<C> triangle{n, false};
     for (int64_t h = 0; h < block.heads(); ++h) {
-      if (!p.causal) block.expect_out(t, h, n);
+      block.expect_rows(block.work.out, block.query_row(t, h), p.heads, sizes.values, n);
       block.read_raw_queries(t, n, h, block.queries);
       if (p.feature_map == FeatureMap::exponential) largest_scores(block, n, state->max);
       block.map_queries(n, state->max, block.shift);
@@ -138,6 +138,7 @@ void query_gradients(const LinearAttentionItem& item, int64_t begin, int64_t end
     }
     const Triangle<C> triangle{n, true};
     for (int64_t h = 0; h < block.heads(); ++h) {
+      block.expect_rows(block.work.dq, block.query_row(t, h), p.heads, sizes.channels, n);
       block.read_raw_queries(t, n, h, block.queries);
       block.map_queries(n, state->max, block.read_shift(t, n, h));
       block.read_dn(t, n, h);
@@ -243,8 +244,7 @@ void write_key_gradients(const Block<C>& block, int64_t t, int64_t n) {
     std::fill(k, k + sizes.features, C{0});
     std::fill(v, v + sizes.width, C{0});
   }
-  const int64_t token = block.sequence.batch * p.keys + block.sequence.key0 + t;
-  const int64_t row = token * p.key_heads + block.item.key_head;
+  const int64_t row = block.key_row(t);
   write_rows(p.dtype, n, sizes.channels, block.rows + sizes.constants, sizes.feature_stride, block.work.dk,
              row * sizes.channels, p.key_heads * sizes.channels);
   write_rows(p.dtype, n, sizes.values, block.dvalues, sizes.value_stride, block.work.dv, row * sizes.values,
@@ -266,6 +266,8 @@ void key_gradients(const LinearAttentionItem& item, int64_t begin, int64_t end, 
       continue;
     }
     const State<C>& state = p.causal ? block.state() : block.base;
+    block.expect_rows(block.work.dk, block.key_row(t), p.key_heads, sizes.channels, n);
+    block.expect_rows(block.work.dv, block.key_row(t), p.key_heads, sizes.values, n);
     block.read_raw_keys(t, n, block.keys);
     if (p.has_maximum())
       block.target_rows(n, block.keys, state.max, nullptr);

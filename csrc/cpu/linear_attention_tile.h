@@ -84,7 +84,7 @@ class Ahead {
     int64_t bytes;
   };
   static constexpr int kMost = 8;
-  static constexpr int kLines = 12;
+  static constexpr int kLines = 16;
   Rows wanted_[kMost];
   int first_ = 0;
   int count_ = 0;
