@@ -1,5 +1,7 @@
-"""Eight sequences at a time (csrc/cpu/crf_lanes.h): groups and parts of one, sequences that end early, and those that a
-lane cannot hold. On a GPU the same cases run through its kernels."""
+"""Eight sequences at a time (csrc/cpu/crf_lanes.h), four in Viterbi for many tags (csrc/cpu/crf_decode.h): groups and
+parts of one, sequences that end early, and those that a lane cannot hold. On a GPU the same cases run through its
+kernels.
+"""
 
 import pytest
 import torch
@@ -67,15 +69,23 @@ def test_neighbours_do_not_notice(function, strange, device):
         check_backward(function, problem)
 
 
+@pytest.mark.parametrize("per_position", [False, True])
 @pytest.mark.parametrize("mask", [None, "prefix", "holes"])
-@pytest.mark.parametrize("N", [1, 2, 3, 9, 16])
-def test_viterbi_is_that_of_one_sequence(N, mask, device):
-    """To the bit, ties included: scores are multiples of 1/2."""
-    problem = make_problem(B=11, T=15, N=N, device=device, mask=mask)
+@pytest.mark.parametrize("N", [1, 2, 3, 9, 16, 17, 24, 33, 41, 70])
+def test_viterbi_is_that_of_one_sequence(N, mask, per_position, device):
+    """To the bit, ties included: scores are multiples of 1/2. Many tags take four sequences in turn, which share steps
+    where they share the transitions; one of them is empty here.
+    """
+    problem = make_problem(B=11, T=15, N=N, device=device, mask=mask, per_position=per_position)
+    if mask is not None:
+        problem.mask[6] = False
     problem = problem.with_scores(*(score.nan_to_num(0).mul(2).round().div(2) for score in problem.scores))
     paths, scores = fastnlp_ops.crf_viterbi(*problem.scores, mask=problem.mask)
+    if mask is not None:
+        assert scores[6] == 0 and (paths[6] == -1).all()
     for b in range(11):
         emissions, _, transitions, positions = problem.single(b)
+        transitions = transitions[None] if per_position else transitions
         path, score = fastnlp_ops.crf_viterbi(emissions[None], transitions, problem.start, problem.end)
         assert_same(paths[b, positions], path[0])
         assert_same(scores[b], score[0])
