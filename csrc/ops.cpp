@@ -71,6 +71,8 @@ STABLE_TORCH_LIBRARY(fastnlp_ops, m) {
   m.def(
       "global_pointer_loss_backward(Tensor dloss, Tensor log_negative, Tensor log_positive, Tensor saved, Tensor q, "
       "Tensor k, Tensor cells, " SPAN_OPTIONS ") -> " SPAN_GRADIENTS);
+  // What is saved becomes the gradients, where nothing else will ask for it: they need no memory of their own then.
+  m.def("global_pointer_weigh_(Tensor(a!) saved, Tensor dloss, Tensor q, Tensor k, " SPAN_OPTIONS ") -> ()");
   m.def(
       "global_pointer_divergence(Tensor q1, Tensor k1, Tensor? start_bias1, Tensor? end_bias1, Tensor q2, Tensor "
       "k2, " SPAN_OPTIONS ") -> Tensor");

@@ -52,6 +52,43 @@ def test_layouts_of_a_projection(device):
     assert_same(torch.autograd.grad(value, both, weights)[0], torch.stack(expected[:2], 3))
 
 
+@pytest.mark.parametrize("case", ["ragged", "uneven", "biased"])
+def test_gradients_in_place(case, device):
+    """What the forward pass saved becomes the gradients of the last backward pass through it, of no other."""
+    if device.type != "cpu":
+        pytest.skip("on a GPU no gradients are saved")
+    problem, leaves = make_problem(device=device, **CASES[case]).leaves()
+    leaves = leaves[: used(loss, problem)]
+    total = loss(fastnlp_ops, problem).cos().sum()
+    kept, again, last = (torch.autograd.grad(total, leaves, retain_graph=retain) for retain in (True, True, False))
+    assert_all_same(again, kept)
+    assert_all_same(last, kept)
+    total = loss(fastnlp_ops, problem).cos().sum()
+    first = torch.autograd.grad(total, leaves, create_graph=True)
+    assert_all_same([x.detach() for x in first], kept)
+    assert_all_same(torch.autograd.grad(total, leaves), kept)
+    assert not any(x.requires_grad for x in last)
+    assert last[0].untyped_storage().data_ptr() == last[1].untyped_storage().data_ptr()
+    assert kept[0].untyped_storage().data_ptr() != kept[1].untyped_storage().data_ptr()
+
+
+@pytest.mark.parametrize("case", ["ragged", "positions"])
+def test_opcheck_in_place(case, device):
+    if device.type != "cpu":
+        pytest.skip("on a GPU no gradients are saved")
+    problem = make_problem(device=device, **CASES[case])
+    q, k, start, end, *_ = problem.inputs
+    tail = (start, end, problem.mask, problem.position_ids, True, True, -1, 0.5)
+    cells = torch.zeros(0, dtype=torch.int64, device=device)
+    *sums, saved = torch.ops.fastnlp_ops.global_pointer_loss(q, k, cells, *tail, True)
+    op = torch.ops.fastnlp_ops.global_pointer_weigh_
+    torch.library.opcheck(op.default, (saved, torch.randn_like(sums[0]), q, k, *tail))
+    with pytest.raises(ValueError, match="saved must have shape"):
+        op(saved[1:], sums[0], q, k, *tail)
+    with pytest.raises(ValueError, match="q must be float32 or float64"):
+        op(saved, sums[0], *(x if x is None else x.half() for x in (q, k)), *tail)
+
+
 def test_layouts_expanded(device):
     """Stride 0: one sequence seen as a batch, one head seen as many."""
     one = make_problem(1, 12, 1, 8, device, bias=True)

@@ -152,6 +152,14 @@ struct Run {
             biases,
             biases + rows * bytes};
   }
+  // The gradients of the work become those of the loss times dloss; they may be what is saved.
+  void weigh(const Tensor& dloss, const Tensor& saved) {
+    works[0].dloss = call.per_row(dloss, "dloss");
+    check_dense(saved, "saved", {saved_size()}, call.compute, call.q);
+    torch::stable::parallel_for(0, call.problem.batch * call.problem.length, 64, [&](int64_t begin, int64_t end) {
+      kernels.weigh(works[0], in_saved(saved), begin, end);
+    });
+  }
   // Runs the loss; returns the gradients where they are wanted.
   Tensor loss(bool with_gradients) {
     Tensor saved = new_tensor(call.q, {with_gradients ? saved_size() : 0}, call.compute);
@@ -224,12 +232,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> global_pointer_loss_backward(const Te
     return gradients;
   }
   const Tensor unweighed = saved.numel() > 0 ? saved : run.loss(true);
-  check_dense(unweighed, "saved", {run.saved_size()}, run.call.compute, q);
   auto gradients = run.new_gradients(run.works[0]);
-  torch::stable::parallel_for(0, q.size(0) * q.size(1), 64, [&](int64_t begin, int64_t end) {
-    run.kernels.weigh(run.works[0], run.in_saved(unweighed), begin, end);
-  });
+  run.weigh(dloss, unweighed);
   return gradients;
+}
+
+void global_pointer_weigh_(const Tensor& saved, const Tensor& dloss, const Tensor& q, const Tensor& k, SPAN_OPTIONS) {
+  Run run(q, k, SPAN_OPTION_VALUES);
+  check(q.scalar_type() == run.call.compute, "q must be float32 or float64 where its gradients are in place, got ",
+        torch::headeronly::toString(q.scalar_type()));
+  run.works[0].gradients = run.in_saved(saved);
+  run.weigh(dloss, saved);
 }
 
 // The second run's operands join those of the first: same shapes, same options.
@@ -301,6 +314,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastnlp_ops, CPU, m) {
   m.impl("global_pointer_scores_backward", TORCH_BOX(&global_pointer_scores_backward));
   m.impl("global_pointer_loss", TORCH_BOX(&global_pointer_loss));
   m.impl("global_pointer_loss_backward", TORCH_BOX(&global_pointer_loss_backward));
+  m.impl("global_pointer_weigh_", TORCH_BOX(&global_pointer_weigh_));
   m.impl("global_pointer_decode", TORCH_BOX(&global_pointer_decode));
   m.impl("global_pointer_divergence", TORCH_BOX(&global_pointer_divergence));
   m.impl("global_pointer_divergence_backward", TORCH_BOX(&global_pointer_divergence_backward));

@@ -65,6 +65,11 @@ def _(dloss, log_negative, log_positive, saved, q, k, cells, start, end, mask, p
     return _like(q, k, start, end)
 
 
+@torch.library.register_fake("fastnlp_ops::global_pointer_weigh_")
+def _(saved, dloss, q, k, *others):
+    pass
+
+
 @torch.library.register_fake("fastnlp_ops::global_pointer_loss_double_backward")
 def _(dloss, dq_grad, dk_grad, dstart_grad, dend_grad, log_negative, log_positive, q, k, cells, start, end, *others):
     return _like(dloss, q, k, start, end)
@@ -131,8 +136,33 @@ def _loss_save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, 
     _save(ctx, (*output, *inputs[:-1]), output)
 
 
+def _is_last_use(saved: Tensor, q: Tensor) -> bool:
+    """Whether the graph is freed behind this backward pass, so that what was saved may become the gradients."""
+    return (
+        type(saved) is Tensor
+        and saved.numel() > 0
+        and saved.dtype == q.dtype
+        and not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and not torch._C._autograd._get_current_graph_task_keep_graph()
+    )
+
+
+def _weigh(dloss: Tensor, saved: Tensor, inputs: Sequence[Any], options: tuple[Any, ...]) -> tuple[Tensor, ...]:
+    """Gradients by q, k and biases, as views of `saved`."""
+    q, k, _, start, *others = inputs
+    _OPS.global_pointer_weigh_(saved, dloss.contiguous(), q, k, start, *others, *options)
+    B, n, H, d = q.shape
+    dq, dk = saved[: B * n * H * 2 * d].view(B, n, H, 2, d).unbind(3)
+    dbiases = saved[B * n * H * 2 * d :].view(2, B, n, H) if start is not None else (saved, saved)
+    return dq, dk, *dbiases
+
+
 def _loss_formula(ctx: Any, dnegative: Tensor | None, dpositive: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
     log_negative, log_positive, saved, *inputs = ctx.saved_tensors
+    if dnegative is dpositive and dnegative is not None and _is_last_use(saved, inputs[0]):
+        dq, dk, *dbiases = _weigh(dnegative, saved.detach(), inputs, _options(ctx))
+        return dq, dk, None, *_where_given(dbiases, inputs[3:5]), *[None] * (2 + _OPTIONS + 1)
     if dnegative is dpositive:  # their sum is the loss, and its gradient that of both
         parts = [(dnegative, log_negative, log_positive, saved)]
     else:  # e^{s - inf} is 0: a sum that is infinite gives no gradient
