@@ -187,6 +187,7 @@ class CRF(nn.Module):
         end: Tensor = self.end_transitions
         if self._constrained:
             forbidden, forbidden_starts, forbidden_ends = self._forbidden, self._forbidden_starts, self._forbidden_ends
+            # TorchScript asks
             assert forbidden is not None and forbidden_starts is not None and forbidden_ends is not None
             transitions = transitions.masked_fill(forbidden, float("-inf"))
             start = start.masked_fill(forbidden_starts, float("-inf"))

@@ -72,6 +72,16 @@ def test_gradients_in_place(case, device):
     assert kept[0].untyped_storage().data_ptr() != kept[1].untyped_storage().data_ptr()
 
 
+def test_batched_gradients(device):
+    problem, leaves = make_problem(device=device, **CASES["ragged"]).leaves()
+    leaves = leaves[: used(loss, problem)]
+    rows = loss(fastnlp_ops, problem)
+    above = torch.randn(3, *rows.shape, dtype=rows.dtype, device=device)
+    each = [torch.autograd.grad(rows, leaves, one, retain_graph=True) for one in above]
+    batched = torch.autograd.grad(rows, leaves, above, is_grads_batched=True)
+    assert_all_same(batched, [torch.stack(found) for found in zip(*each, strict=True)])
+
+
 @pytest.mark.parametrize("case", ["ragged", "positions"])
 def test_opcheck_in_place(case, device):
     if device.type != "cpu":

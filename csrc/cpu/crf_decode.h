@@ -133,6 +133,7 @@ struct Viterbi : Walk<C, BLOCK> {
         for (int u = 0; u < unroll; ++u)
           for (int v = 0; v < width; ++v) best[s][u][v] = splat(-static_cast<C>(INFINITY));
       const C* scores = each[0]->forward.scores + block;
+      // a * 1 + T is a + T to the bit, and leaves the pipes of additions, which AMD shares with maxima, to the maxima.
       const Vec<C> one = opaque(splat(C(1)));
       const auto enter_from = [&](int64_t i, int u) {
         for (int v = 0; v < width; ++v) {

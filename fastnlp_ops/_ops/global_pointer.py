@@ -136,7 +136,7 @@ def _loss_save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, 
     _save(ctx, (*output, *inputs[:-1]), output)
 
 
-def _is_last_use(saved: Tensor, q: Tensor) -> bool:
+def _is_last_use(dloss: Tensor, saved: Tensor, q: Tensor) -> bool:
     """Whether the graph is freed behind this backward pass, so that what was saved may become the gradients."""
     return (
         type(saved) is Tensor
@@ -144,6 +144,9 @@ def _is_last_use(saved: Tensor, q: Tensor) -> bool:
         and saved.dtype == q.dtype
         and not torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
+        # A batch of gradients (is_grads_batched, vmap) has no place in one that was saved.
+        and not torch._C._functorch.is_legacy_batchedtensor(dloss)
+        and not torch._C._functorch.is_functorch_wrapped_tensor(dloss)
         and not torch._C._autograd._get_current_graph_task_keep_graph()
     )
 
@@ -160,7 +163,7 @@ def _weigh(dloss: Tensor, saved: Tensor, inputs: Sequence[Any], options: tuple[A
 
 def _loss_formula(ctx: Any, dnegative: Tensor | None, dpositive: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
     log_negative, log_positive, saved, *inputs = ctx.saved_tensors
-    if dnegative is dpositive and dnegative is not None and _is_last_use(saved, inputs[0]):
+    if dnegative is dpositive and dnegative is not None and _is_last_use(dnegative, saved, inputs[0]):
         dq, dk, *dbiases = _weigh(dnegative, saved.detach(), inputs, _options(ctx))
         return dq, dk, None, *_where_given(dbiases, inputs[3:5]), *[None] * (2 + _OPTIONS + 1)
     if dnegative is dpositive:  # their sum is the loss, and its gradient that of both
