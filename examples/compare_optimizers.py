@@ -17,13 +17,13 @@ from pathlib import Path
 os.environ["OMP_WAIT_POLICY"] = os.environ.get("OMP_WAIT_POLICY", "passive")
 
 import torch
+from files import check_writable
 from picture import save_optimizers
 from python_corpus import KINDS, LABELS, standard_library
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table
-from screen import progress
-from sentences import InputError, make_folder
+from screen import Screen, progress, run, seed
+from sentences import InputError
 from tagger import Labels, Tagger, batches, encode
 from torch import nn
 from torch.optim import AdamW, Optimizer
@@ -61,28 +61,29 @@ def adamw(parameters: Iterable[nn.Parameter]) -> Optimizer:
     return AdamW(parameters, LEARNING_RATE, eps=ADAM_EPSILON, fused=True)
 
 
-def optimizers(console: Console) -> dict[str, Callable[[Iterable[nn.Parameter]], Optimizer]]:
+def optimizers(screen: Screen) -> dict[str, Callable[[Iterable[nn.Parameter]], Optimizer]]:
     found = {"fastnlp_ops Adafactor": ours, "transformers Adafactor": transformers_adafactor, "torch AdamW": adamw}
     if find_spec("transformers") is None:
-        console.print("transformers is not installed: its Adafactor is left out")
+        screen.print("transformers is not installed: its Adafactor is left out")
         del found["transformers Adafactor"]
     return found
 
 
-def train(args: argparse.Namespace, console: Console) -> int:
+def train(args: argparse.Namespace, screen: Screen) -> int:
     steps = (QUICK_STEPS if args.quick else STEPS) if args.steps is None else args.steps
     if steps < 1:
         raise InputError(f"--steps must be at least 1, got {steps}")
     labels = Labels(LABELS, "BIO", KINDS)
     sentences = [sentence for file in standard_library(args.seed, FILES) for sentence in file]
-    make_folder(args.output)
+    picture = args.output / "compare_optimizers.png"
+    check_writable(picture)
     trained = []
-    for name, make_optimizer in optimizers(console).items():
+    for name, make_optimizer in optimizers(screen).items():
         torch.manual_seed(args.seed)
         trained.append(Trained(name, Trainer(Tagger(labels), steps, make_optimizer)))
     count = sum(p.numel() for p in trained[0].trainer.tagger.parameters())
-    console.print(f"{len(sentences)} sentences, {count} parameters")
-    with progress(console) as bar:
+    screen.print(f"{len(sentences)} sentences, {count} parameters")
+    with progress(screen) as bar:
         task = bar.add_task("training", total=steps, note="")
         # Step by step in turn, so that a machine which slows down slows all.
         for batch in batches(encode(sentences, labels), BATCH_SIZE, steps, args.seed):
@@ -91,11 +92,10 @@ def train(args: argparse.Namespace, console: Console) -> int:
             bar.update(task, advance=1, note=", ".join(f"{one.losses[-1]:.4f}" for one in trained))
 
     level = equal_loss(trained)
-    console.print(cost_table(trained, level))
-    picture = args.output / "compare_optimizers.png"
+    screen.print(cost_table(trained, level))
     save_optimizers(picture, trained, level)
-    console.print(f"picture: {picture}")
-    return report_losses(trained, console)
+    screen.print(f"picture: {picture}")
+    return report_losses(trained, screen)
 
 
 def equal_loss(trained: list[Trained]) -> float:
@@ -113,11 +113,11 @@ def cost_table(trained: list[Trained], level: float) -> Table:
     return table
 
 
-def report_losses(trained: list[Trained], console: Console) -> int:
+def report_losses(trained: list[Trained], screen: Screen) -> int:
     """The same algorithm has to train alike."""
     twins = [torch.tensor(one.losses[:COMPARED_STEPS]) for one in trained if one.name.endswith("Adafactor")]
     difference = ((twins[0] - twins[-1]) / twins[-1]).abs().max().item()
-    console.print(
+    screen.print(
         f"over the first {len(twins[0])} steps the losses of the two Adafactors differ by at most {difference:.1e} of "
         f"their value (tolerance {LOSS_TOLERANCE:.0e})"
     )
@@ -131,14 +131,9 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("out"), help="folder for the picture (default: out)")
     parser.add_argument("--steps", type=int, help=f"training steps (default: {STEPS})")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=seed, default=0)
     parser.add_argument("--quick", action="store_true", help="a small run, to see that everything works")
-    args = parser.parse_args(argv)
-    try:
-        return train(args, Console(highlight=False, soft_wrap=True))
-    except InputError as error:
-        print(f"compare_optimizers: {error}", file=sys.stderr)
-        return 2
+    return run("compare_optimizers", parser, argv, train)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ python examples/decode_stream.py --prompt "class "   another beginning
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import random
 import sys
@@ -19,11 +20,11 @@ from pathlib import Path
 os.environ["OMP_WAIT_POLICY"] = os.environ.get("OMP_WAIT_POLICY", "passive")
 
 import torch
+from files import check_writable
 from picture import save_stream
 from python_corpus import library_paths
-from rich.console import Console
-from screen import progress
-from sentences import InputError, make_folder
+from screen import Screen, progress, run, seed
+from sentences import InputError
 from stream_model import SoftmaxAttention, StreamModel, memory_size
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812  (torch's own name for it)
@@ -84,11 +85,11 @@ def loss_of(model: StreamModel, batch: Tensor) -> Tensor:
     return F.cross_entropy(model(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten())
 
 
-def train(model: StreamModel, text: Tensor, seconds: float, console: Console) -> list[float]:
+def train(model: StreamModel, text: Tensor, seconds: float, screen: Screen) -> list[float]:
     optimizer = torch.optim.AdamW(model.parameters(), LEARNING_RATE)
     losses: list[float] = []
     begin = time.perf_counter()
-    with progress(console) as bar:
+    with progress(screen) as bar:
         task = bar.add_task("training, seconds", total=round(seconds), note="")
         while (passed := time.perf_counter() - begin) < seconds or not losses:
             # The rate rises over 20 steps and falls to nothing when the time is over.
@@ -107,7 +108,7 @@ def train(model: StreamModel, text: Tensor, seconds: float, console: Console) ->
 
 @torch.no_grad()
 def decode(
-    model: StreamModel, prompt: Tensor, tokens: int, given: Tensor | None, name: str, console: Console
+    model: StreamModel, prompt: Tensor, tokens: int, given: Tensor | None, name: str, screen: Screen
 ) -> tuple[Tensor, Tensor, Stream]:
     """The text [T] that the model writes, or reads where one is given, the scores behind each of its first tokens, and
     how long each took.
@@ -115,7 +116,7 @@ def decode(
     scores, remembered = model.prefill(prompt[None])
     row, written, kept = scores[:, -1], [], []
     stream = Stream(name, [], [])
-    with progress(console) as bar:
+    with progress(screen) as bar:
         task = bar.add_task(name, total=tokens, note="")
         for i in range(tokens):
             begin = time.perf_counter()
@@ -132,50 +133,50 @@ def decode(
     return torch.cat(written), torch.cat(kept), stream
 
 
-def run(args: argparse.Namespace, console: Console) -> int:
+def train_and_decode(args: argparse.Namespace, screen: Screen) -> int:
     size = QUICK if args.quick else FULL
     seconds = size.seconds if args.seconds is None else args.seconds
     tokens = size.tokens if args.tokens is None else args.tokens
-    if seconds <= 0 or tokens < 2:
+    if not 0 < seconds < math.inf or tokens < 2:
         raise InputError(f"--seconds must be above 0 and --tokens at least 2, got {seconds} and {tokens}")
     if not args.prompt:
         raise InputError("--prompt must have at least one character")
-    make_folder(args.output)
+    picture = args.output / "decode_stream.png"
+    check_writable(picture)
     torch.manual_seed(args.seed)
     text, held_out = read_library(args.seed, size.files)
     model = StreamModel()
     parameters = sum(p.numel() for p in model.parameters())
-    console.print(f"{len(text)} bytes of source to train on, {len(held_out)} to test on; {parameters} parameters")
-    losses = train(model, text, seconds, console)
+    screen.print(f"{len(text)} bytes of source to train on, {len(held_out)} to test on; {parameters} parameters")
+    losses = train(model, text, seconds, screen)
     with torch.no_grad():
         tested = sum(loss_of(model, draw(held_out)).item() for _ in range(8)) / 8
-    console.print(f"held-out text: {tested:.3f} nats per byte after {len(losses)} steps\n")
+    screen.print(f"held-out text: {tested:.3f} nats per byte after {len(losses)} steps\n")
 
-    prompt = torch.tensor(list(args.prompt.encode()))
-    written, scores, linear = decode(model, prompt, tokens, None, "linear attention", console)
+    prompt = torch.tensor(list(os.fsencode(args.prompt)))
+    written, scores, linear = decode(model, prompt, tokens, None, "linear attention", screen)
     shown = bytes(written[:SHOWN].tolist()).replace(b"\t", INDENT).decode(errors="replace")
-    console.print(args.prompt + shown, markup=False, style="cyan")
+    screen.print(args.prompt + shown, style="cyan")
 
     # The twin has the same parameters; what it would say with them is nothing, how long it takes is the question.
     twin = StreamModel(SoftmaxAttention)
     twin.load_state_dict(model.state_dict())
     for block in twin.blocks:
         block.attention.room = len(prompt) + tokens
-    _, _, softmax = decode(twin, prompt, tokens, written, "softmax attention", console)
+    _, _, softmax = decode(twin, prompt, tokens, written, "softmax attention", screen)
 
     last = max(1, tokens // 8)
     for stream in (linear, softmax):
         first_ms, last_ms = stream.milliseconds(0, last), stream.milliseconds(tokens - last, tokens)
-        console.print(
+        screen.print(
             f"{stream.name}: {first_ms:.3f} ms per token in the first {last}, {last_ms:.3f} in the last {last}; "
             f"memory {stream.memory[0] / 1024:.0f} to {stream.memory[-1] / 1024:.0f} KiB"
         )
-    picture = args.output / "decode_stream.png"
     save_stream(picture, losses, [linear, softmax])
     with torch.no_grad():
         whole = model(torch.cat([prompt, written[: len(scores)]])[None])[0, len(prompt) :]
     difference = (whole - scores).abs().max().item()
-    console.print(
+    screen.print(
         f"scores of {len(scores)} tokens, one by one and in one pass, differ by at most {difference:.1e} (tolerance "
         f"{TOLERANCE:.0e})\npicture: {picture}"
     )
@@ -191,14 +192,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, help=f"of training (default: {FULL.seconds})")
     parser.add_argument("--tokens", type=int, help=f"bytes to write (default: {FULL.tokens})")
     parser.add_argument("--output", type=Path, default=Path("out"), help="folder for the picture (default: out)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=seed, default=0)
     parser.add_argument("--quick", action="store_true", help="a small run, to see that everything works")
-    args = parser.parse_args(argv)
-    try:
-        return run(args, Console(highlight=False, soft_wrap=True))
-    except InputError as error:
-        print(f"decode_stream: {error}", file=sys.stderr)
-        return 2
+    return run("decode_stream", parser, argv, train_and_decode)
 
 
 if __name__ == "__main__":

@@ -22,13 +22,13 @@ from typing import NamedTuple
 os.environ["OMP_WAIT_POLICY"] = os.environ.get("OMP_WAIT_POLICY", "passive")
 
 import torch
+from files import check_writable
 from picture import save_loss_and_scores
 from relation_corpus import RELATIONS, library_texts, read_source_texts
 from relation_model import Extractor, batches, encode, load_checkpoint, save_checkpoint
 from relation_texts import Text, Triple, check_relations_seen, read_texts
-from rich.console import Console
-from screen import progress, score_table
-from sentences import InputError, make_folder, scores_by_label
+from screen import Screen, prediction_progress, progress, run, score_table, seed
+from sentences import InputError, scores_by_label
 
 BATCH_SIZE = 32
 TEST_FRACTION = 0.2
@@ -85,20 +85,21 @@ def read_corpus(args: argparse.Namespace, size: Size) -> Corpus:
     return Corpus("json", train, test, relations)
 
 
-def train(args: argparse.Namespace, console: Console) -> None:
+def train(args: argparse.Namespace, screen: Screen) -> int:
     size = QUICK if args.quick else FULL
     steps = size.steps if args.steps is None else args.steps
     if steps < 1:
         raise InputError(f"--steps must be at least 1, got {steps}")
     corpus = read_corpus(args, size)
-    console.print(
+    screen.print(
         f"{len(corpus.train)} training and {len(corpus.test)} test texts, "
         f"{sum(len(t.words) for t in corpus.train)} and {sum(len(t.words) for t in corpus.test)} words, "
         f"{sum(len(t.triples) for t in corpus.train)} and {sum(len(t.triples) for t in corpus.test)} triples, "
         f"relations: {', '.join(corpus.relations)}"
     )
-    make_folder(args.output)
-    make_folder(args.checkpoint.parent)
+    picture = args.output / "extract_relations.png"
+    check_writable(picture)
+    check_writable(args.checkpoint)
     torch.manual_seed(args.seed)
     extractor = Extractor(corpus.relations)
     optimizer = torch.optim.Adam(extractor.parameters(), LEARNING_RATE)
@@ -107,7 +108,7 @@ def train(args: argparse.Namespace, console: Console) -> None:
     )
     examples = encode(corpus.train, corpus.relations)
     losses = []
-    with progress(console) as bar:
+    with progress(screen) as bar:
         task = bar.add_task("training", total=steps, note="")
         for batch in batches(examples, BATCH_SIZE, steps, args.seed):
             optimizer.zero_grad()
@@ -121,27 +122,48 @@ def train(args: argparse.Namespace, console: Console) -> None:
     save_checkpoint(args.checkpoint, extractor, corpus.name)
 
     begin = time.perf_counter()
-    predicted = extractor.predict(corpus.test)
+    predicted, left_out = predict_all(extractor, corpus.test)
     seconds = time.perf_counter() - begin
     gold = by_strings(corpus.test, [text.triples for text in corpus.test])
     scores = scores_by_label(gold, by_strings(corpus.test, predicted))
-    console.print(score_table("Triples of held-out texts", {"GPLinker": scores}))
-    console.print(f"{len(corpus.test)} texts read and {sum(map(len, predicted))} triples found in {seconds:.1f} s")
-    picture = args.output / "extract_relations.png"
-    save_loss_and_scores(picture, losses, scores)
-    console.print(f"picture: {picture}    checkpoint: {args.checkpoint}    triples of a file with it: --predict FILE")
+    screen.print(score_table("Triples of held-out texts", {"GPLinker": scores}))
+    screen.print(f"{len(corpus.test)} texts read and {sum(map(len, predicted))} triples found in {seconds:.1f} s")
+    screen.print(left_out, end="")
+    remark = save_loss_and_scores(picture, losses, scores)
+    screen.print(f"picture: {picture}    checkpoint: {args.checkpoint}    triples of a file with it: --predict FILE")
+    if remark:
+        screen.print(remark)
+    return 0
 
 
-def predict(args: argparse.Namespace, console: Console) -> None:
+def predict_all(extractor: Extractor, texts: list[Text]) -> tuple[list[list[Triple]], str]:
+    """The triples, and a remark on triples that were too many."""
+    with prediction_progress() as bar:
+        task = bar.add_task("reading", total=len(texts), note="")
+        triples, left_out = extractor.predict(texts, on_batch=lambda count: bar.advance(task, count))
+    remark = (
+        f"{left_out} more triples score above 0: of each text the best are taken, as many as words; a model that has "
+        "been trained for longer finds fewer\n"
+    )
+    return triples, remark if left_out else ""
+
+
+def predict(args: argparse.Namespace, screen: Screen) -> int:
+    if args.train or args.test:
+        raise InputError("--predict goes without --train and --test: it takes what was trained before")
     extractor, corpus = load_checkpoint(args.checkpoint)
     texts = read_texts(args.predict, labelled=False) if corpus == "json" else read_source_texts(args.predict)
-    found = by_strings(texts, extractor.predict(texts))
+    triples, left_out = predict_all(extractor, texts)
+    found = by_strings(texts, triples)
     if corpus == "json":
-        for text, triples in zip(texts, found, strict=True):
-            print(json.dumps({"text": text.text, "triples": sorted(triples)}, ensure_ascii=False))
-        return
-    for triple in sorted(set().union(*found)):
-        console.print("  ".join(triple), markup=False)
+        sys.stdout.reconfigure(encoding="utf-8")  # as the file was
+        for text, of_text in zip(texts, found, strict=True):
+            print(json.dumps({"text": text.text, "triples": sorted(of_text)}, ensure_ascii=False))
+    else:
+        for triple in sorted(set().union(*found)):
+            screen.print("  ".join(triple))
+    Screen(stderr=True).print(left_out, end="")
+    return 0
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -152,17 +174,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, default=Path("out"), help="folder for what is saved (default: out)")
     parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="default: relations.pt in the output folder")
     parser.add_argument("--steps", type=int, help=f"training steps (default: {FULL.steps})")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=seed, default=0)
     parser.add_argument("--quick", action="store_true", help="a small run, to see that everything works")
-    args = parser.parse_args(argv)
-    args.checkpoint = args.checkpoint or args.output / "relations.pt"
-    console = Console(highlight=False, soft_wrap=True)
-    try:
-        predict(args, console) if args.predict else train(args, console)
-    except InputError as error:
-        print(f"extract_relations: {error}", file=sys.stderr)
-        return 2
-    return 0
+
+    def job(args: argparse.Namespace, screen: Screen) -> int:
+        args.checkpoint = args.checkpoint or args.output / "relations.pt"
+        return predict(args, screen) if args.predict else train(args, screen)
+
+    return run("extract_relations", parser, argv, job)
 
 
 if __name__ == "__main__":

@@ -21,19 +21,18 @@ os.environ["OMP_WAIT_POLICY"] = os.environ.get("OMP_WAIT_POLICY", "passive")
 
 import torch
 from conll import check_tags_seen, detect_scheme, read_conll
+from files import check_writable
 from picture import save_picture
 from python_corpus import KINDS, LABELS, read_source, standard_library
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table
-from screen import progress, score_table
+from screen import Screen, prediction_progress, progress, run, score_table, seed
 from sentences import (
     InputError,
     Sentence,
     Span,
     entities,
     joined,
-    make_folder,
     outside_in,
     scores_by_label,
     span_types,
@@ -91,31 +90,32 @@ def read_corpus(args: argparse.Namespace, size: Size) -> Corpus:
     return Corpus("conll", train, test, Labels(tags, scheme, kinds))
 
 
-def train_and_compare(args: argparse.Namespace, console: Console) -> int:
+def train_and_compare(args: argparse.Namespace, screen: Screen) -> int:
     size = QUICK if args.quick else FULL
     steps = size.steps if args.steps is None else args.steps
     if steps < 1:
         raise InputError(f"--steps must be at least 1, got {steps}")
     corpus = read_corpus(args, size)
-    console.print(
+    screen.print(
         f"{len(corpus.train)} training and {len(corpus.test)} test sentences, "
         f"{sum(len(s.tokens) for s in corpus.train)} and {sum(len(s.tokens) for s in corpus.test)} tokens, "
         f"{len(corpus.labels.tags)} tags, scheme {corpus.labels.scheme}, span types: {', '.join(corpus.labels.kinds)}"
     )
     if corpus.name == "python":
-        console.print(nesting(corpus.train))
+        screen.print(nesting(corpus.train))
     examples = encode(corpus.train, corpus.labels)
 
     def make_tagger(plain: bool) -> Tagger:
         torch.manual_seed(args.seed)
         return Tagger(corpus.labels, plain=plain)
 
-    make_folder(args.output)
-    make_folder(args.checkpoint.parent)
+    picture = args.output / "label_python.png"
+    check_writable(picture)
+    check_writable(args.checkpoint)
     tagger = make_tagger(plain=False)
     trainer = Trainer(tagger, steps)
     losses = []
-    with progress(console) as bar:
+    with progress(screen) as bar:
         task = bar.add_task("training", total=steps, note="")
         for batch in batches(examples, BATCH_SIZE, steps, args.seed):
             step = trainer.step(batch)
@@ -123,26 +123,27 @@ def train_and_compare(args: argparse.Namespace, console: Console) -> int:
             bar.update(task, advance=1, note=f"loss of the CRF {step.crf.loss:.4f}, of spans {step.spans.loss:.4f}")
     save_checkpoint(args.checkpoint, tagger, corpus.name)
 
-    tags, spans = tagger.predict(corpus.test)
+    tags, spans, left_out = predict_all(tagger, corpus.test)
     gold = [sentence.tags for sentence in corpus.test]
     scores = {
         "CRF": scores_by_label(corpus.entities(gold), corpus.entities(tags)),
         "GlobalPointer": scores_by_label([sentence.spans for sentence in corpus.test], spans),
     }
-    console.print(score_table("Entities and spans of held-out text", scores))
-    console.print(f"token accuracy {token_accuracy(gold, tags):.4f}\n")
+    screen.print(score_table("Entities and spans of held-out text", scores))
+    screen.print(f"token accuracy {token_accuracy(gold, tags):.4f}\n{left_out}")
 
     compared_steps = min(size.compared_steps, steps)
-    with progress(console) as bar:
+    with progress(screen) as bar:
         task = bar.add_task("comparing", total=compared_steps, note="the same model with heads in plain PyTorch")
         first_batches = islice(batches(examples, BATCH_SIZE, steps, args.seed), compared_steps)
         compiled, plain = compare(make_tagger, steps, first_batches, on_step=lambda: bar.advance(task))
-    console.print(time_table(compiled, plain))
-    status = report_losses(compiled, plain, console)
+    screen.print(time_table(compiled, plain))
+    status = report_losses(compiled, plain, screen)
 
-    picture = args.output / "label_python.png"
-    save_picture(picture, losses, compiled, plain, scores)
-    console.print(f"picture: {picture}    checkpoint: {args.checkpoint}    tag a file with it: --predict FILE")
+    remark = save_picture(picture, losses, compiled, plain, scores)
+    screen.print(f"picture: {picture}    checkpoint: {args.checkpoint}    tag a file with it: --predict FILE")
+    if remark:
+        screen.print(remark)
     return status
 
 
@@ -152,10 +153,10 @@ def nesting(sentences: list[Sentence]) -> str:
     return f"{100 * inside:.0f}% of the training spans lie inside others, up to {max(depths)} deep"
 
 
-def report_losses(compiled: Run, plain: Run, console: Console) -> int:
+def report_losses(compiled: Run, plain: Run, screen: Screen) -> int:
     difference = largest_loss_difference(compiled, plain)
     same_tags = torch.cat(compiled.paths).eq(torch.cat(plain.paths)).double().mean().item()
-    console.print(
+    screen.print(
         f"over these {len(plain.steps)} steps the losses differ by at most {difference:.1e} (tolerance "
         f"{LOSS_TOLERANCE:.0e}), {100 * same_tags:.3f}% of the decoded tags are the same, "
         f"{100 * same_spans(compiled, plain):.3f}% of the decoded spans"
@@ -177,21 +178,49 @@ def time_table(compiled: Run, plain: Run) -> Table:
     return table
 
 
-def predict(args: argparse.Namespace, console: Console) -> int:
+def predict_all(tagger: Tagger, sentences: list[Sentence]) -> tuple[list[list[str]], list[list[Span]], str]:
+    """The tags, the spans, and a remark on spans that were too many."""
+    with prediction_progress() as bar:
+        task = bar.add_task("tagging", total=len(sentences), note="")
+        tags, spans, left_out = tagger.predict(sentences, on_batch=lambda count: bar.advance(task, count))
+    remark = (
+        f"{left_out} more spans score above 0: of each sentence the best are shown, as many as tokens; a model that "
+        "has been trained for longer finds fewer\n"
+    )
+    return tags, spans, remark if left_out else ""
+
+
+def predict(args: argparse.Namespace, screen: Screen) -> int:
+    if args.train or args.test:
+        raise InputError("--predict goes without --train and --test: it takes what was trained before")
     tagger, corpus = load_checkpoint(args.checkpoint)
+    sentences = read_conll(args.predict, tagged=False) if corpus == "conll" else read_source(args.predict)
+    tags, spans, left_out = predict_all(tagger, sentences)
     if corpus == "conll":
-        sentences = read_conll(args.predict, tagged=False)
-        for sentence, tags, spans in zip(sentences, *tagger.predict(sentences), strict=True):
-            # Third column: the spans that begin at the token, each with its number of tokens; they may be nested.
-            begins = [[f"{s.label}:{s.stop - s.start}" for s in spans if s.start == i] for i in range(len(tags))]
-            for token, tag, here in zip(sentence.tokens, tags, begins, strict=True):
-                print(token, tag, ",".join(here) or "_", sep="\t")
-            print()
-        return 0
-    sentences = read_source(args.predict)
-    console.print("  line  role by CRF  spans by GlobalPointer                  text")
-    for sentence, tags, spans in zip(sentences, *tagger.predict(sentences), strict=True):
-        role = {(s.start, s.stop): s.label for s in entities(tags, tagger.labels.tags, tagger.labels.scheme)}
+        print_columns(sentences, tags, spans)
+    else:
+        print_roles(sentences, tags, spans, tagger.labels, screen)
+    Screen(stderr=True).print(left_out, end="")
+    return 0
+
+
+def print_columns(sentences: list[Sentence], all_tags: list[list[str]], all_spans: list[list[Span]]) -> None:
+    """As the file was: UTF-8, tabs between columns."""
+    sys.stdout.reconfigure(encoding="utf-8")
+    for sentence, tags, spans in zip(sentences, all_tags, all_spans, strict=True):
+        # Third column: the spans that begin at the token, each with its number of tokens; they may be nested.
+        begins = [[f"{s.label}:{s.stop - s.start}" for s in spans if s.start == i] for i in range(len(tags))]
+        for token, tag, here in zip(sentence.tokens, tags, begins, strict=True):
+            print(token, tag, ",".join(here) or "_", sep="\t")
+        print()
+
+
+def print_roles(
+    sentences: list[Sentence], all_tags: list[list[str]], all_spans: list[list[Span]], labels: Labels, screen: Screen
+) -> None:
+    screen.print("  line  role by CRF  spans by GlobalPointer                  text")
+    for sentence, tags, spans in zip(sentences, all_tags, all_spans, strict=True):
+        role = {(s.start, s.stop): s.label for s in entities(tags, labels.tags, labels.scheme)}
         kinds: dict[tuple[int, int], list[str]] = {extent: [] for extent in role}
         for start, stop, kind in spans:
             kinds.setdefault((start, stop), []).append(kind)
@@ -199,8 +228,7 @@ def predict(args: argparse.Namespace, console: Console) -> int:
             listed = "  " * depth + ", ".join(kinds[start, stop])
             text = joined(sentence.tokens[start:stop])[:60]
             line = f"{sentence.lines[start]:6}  {role.get((start, stop), ''):11}  {listed:38}  {text}"
-            console.print(line, style=PALETTE[depth % len(PALETTE)], markup=False)
-    return 0
+            screen.print(line, style=PALETTE[depth % len(PALETTE)])
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -211,16 +239,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, default=Path("out"), help="folder for what is saved (default: out)")
     parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="default: checkpoint.pt in the output folder")
     parser.add_argument("--steps", type=int, help=f"training steps (default: {FULL.steps})")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=seed, default=0)
     parser.add_argument("--quick", action="store_true", help="a small run, to see that everything works")
-    args = parser.parse_args(argv)
-    args.checkpoint = args.checkpoint or args.output / "checkpoint.pt"
-    console = Console(highlight=False, soft_wrap=True)
-    try:
-        return predict(args, console) if args.predict else train_and_compare(args, console)
-    except InputError as error:
-        print(f"label_python: {error}", file=sys.stderr)
-        return 2
+
+    def job(args: argparse.Namespace, screen: Screen) -> int:
+        args.checkpoint = args.checkpoint or args.output / "checkpoint.pt"
+        return predict(args, screen) if args.predict else train_and_compare(args, screen)
+
+    return run("label_python", parser, argv, job)
 
 
 if __name__ == "__main__":

@@ -292,14 +292,25 @@ def sentence_bounds(file: SourceFile, room: Callable[[], int] = lambda: MAX_TOKE
     return bounds
 
 
-def read_source(path: Path) -> list[Sentence]:
-    """A file of the user's, to be tagged: no labels, so that it need not be complete, only tokenise."""
+def read_python(path: Path) -> str:
+    """The text of a source file, in the encoding that it declares."""
     try:
         with tokenize.open(path) as stream:
-            file = SourceFile(stream.read())
+            source = stream.read()
+        source.encode()  # some encodings can spell half of a surrogate pair
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from error
-    except (SyntaxError, UnicodeDecodeError, tokenize.TokenError) as error:
+    except (SyntaxError, ValueError, LookupError) as error:  # LookupError: # coding: hex
+        raise InputError(f"{path} is not Python source: {error}") from error
+    return source
+
+
+def read_source(path: Path) -> list[Sentence]:
+    """A file of the user's, to be tagged: no labels, so that it need not be complete, only tokenise."""
+    source = read_python(path)
+    try:
+        file = SourceFile(source)
+    except (SyntaxError, tokenize.TokenError) as error:
         raise InputError(f"{path} is not Python source: {error}") from error
     if not len(file):
         raise InputError(f"{path} is empty")
@@ -309,6 +320,8 @@ def read_source(path: Path) -> list[Sentence]:
 def library_paths(draw: random.Random) -> list[Path]:
     root = Path(sysconfig.get_paths()["stdlib"])
     paths = sorted(path for path in root.rglob("*.py") if not SKIPPED_FOLDERS & set(path.relative_to(root).parts))
+    if not paths:
+        raise InputError(f"this Python has no source of its standard library in {root}")
     draw.shuffle(paths)
     return paths
 
@@ -321,9 +334,8 @@ def standard_library(seed: int, max_files: int) -> list[list[Sentence]]:
         if len(files) == max_files:
             break
         try:
-            with tokenize.open(path) as stream:
-                sentences = label_source(stream.read(), room=lambda: draw.randint(MIN_TOKENS, MAX_TOKENS))
-        except (SyntaxError, UnicodeDecodeError):
+            sentences = label_source(read_python(path), room=lambda: draw.randint(MIN_TOKENS, MAX_TOKENS))
+        except (InputError, SyntaxError):
             continue
         if sentences:
             files.append(sentences)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import ast
 import random
 import re
-import tokenize
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-from python_corpus import library_paths
+from python_corpus import library_paths, read_python
 from relation_texts import TOKEN, Text, make_text
 from sentences import InputError
 
@@ -128,13 +128,13 @@ def source_texts(source: str, where: str) -> list[Text]:
 
 
 def read_source_texts(path: Path) -> list[Text]:
+    source = read_python(path)
     try:
-        with tokenize.open(path) as stream:
-            texts = source_texts(stream.read(), str(path))
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from error
-    except (SyntaxError, ValueError, RecursionError) as error:
-        raise InputError(f"{path} is not Python source: {error}") from error
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what Python thinks of the file's escapes and comparisons
+            texts = source_texts(source, str(path))
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:  # the last two: brackets in brackets
+        raise InputError(f"{path} is not Python source: {error or type(error).__name__}") from error
     if not texts:
         raise InputError(f"{path} is empty")
     return texts

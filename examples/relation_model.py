@@ -6,20 +6,21 @@ whether a subject's first token and an object's first token are so related, one 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from encoder import WIDTH, Encoder, encode_words, pad, random_batches
 from relation_texts import Text, Triple
-from tagger import number, read_checkpoint
+from tagger import best, number, read_checkpoint, write_checkpoint
 from torch import Tensor, nn
 
 from fastnlp_ops import GlobalPointer, gplinker_decode
 
 HEAD_SIZE = 64
 CHECKPOINT_FORMAT = "fastnlp_ops example extractor 2"
+MOST_TRIPLES = 1  # for each word; in the standard library there is one for 30, and never more than one for 4
 
 
 class Example(NamedTuple):
@@ -85,8 +86,11 @@ class Extractor(nn.Module):
         return sum(losses) / 3
 
     @torch.no_grad()
-    def predict(self, texts: list[Text], batch_size: int = 64) -> list[list[Triple]]:
-        predicted = []
+    def predict(
+        self, texts: list[Text], on_batch: Callable[[int], None] = lambda _: None, batch_size: int = 64
+    ) -> tuple[list[list[Triple]], int]:
+        """The best triples of every text, MOST_TRIPLES for each word, and how many more there were."""
+        predicted, left_out = [], 0
         for start in range(0, len(texts), batch_size):
             features, mask = pad([encode_words(text.words) for text in texts[start : start + batch_size]])
             hidden = self.encoder(features, mask)
@@ -94,22 +98,21 @@ class Extractor(nn.Module):
             spans, _ = self.entities.decode(hidden, mask, top_k=mask.shape[1])
             head_q, head_k, *_ = self.heads.project(hidden)
             tail_q, tail_k, *_ = self.tails.project(hidden)
-            found, _ = gplinker_decode(spans, head_q, head_k, tail_q, tail_k, mask=mask)
+            found, scores = gplinker_decode(spans, head_q, head_k, tail_q, tail_k, mask=mask)
+            kept = best(found, scores, MOST_TRIPLES * mask.sum(1))
+            left_out += len(found) - len(kept)
             triples = [[] for _ in mask]
-            for text, first, last, relation, object_first, object_last in found.tolist():
+            for text, first, last, relation, object_first, object_last in kept.tolist():
                 triples[text].append(Triple((first, last), self.relations[relation], (object_first, object_last)))
             predicted += triples
-        return predicted
+            on_batch(len(mask))
+        return predicted, left_out
 
 
 def save_checkpoint(path: Path, extractor: Extractor, corpus: str) -> None:
-    content = {"format": CHECKPOINT_FORMAT, "corpus": corpus, "relations": extractor.relations}
-    torch.save(content | {"weights": extractor.state_dict()}, path)
+    write_checkpoint(path, CHECKPOINT_FORMAT, corpus, extractor, relations=extractor.relations)
 
 
 def load_checkpoint(path: Path) -> tuple[Extractor, str]:
     """The extractor, and which corpus ("python" or "json") it was trained on."""
-    content = read_checkpoint(path, CHECKPOINT_FORMAT)
-    extractor = Extractor(content["relations"])
-    extractor.load_state_dict(content["weights"])
-    return extractor, content["corpus"]
+    return read_checkpoint(path, CHECKPOINT_FORMAT, lambda content: Extractor(content["relations"]))

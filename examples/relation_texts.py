@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from conll import read_lines
-from sentences import InputError
+from files import read_lines
+from sentences import InputError, short
 
 # A line break with the indentation behind it, a Chinese or Japanese character, a word, or any other sign.
 CHARACTERS = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
@@ -52,8 +52,9 @@ def make_text(text: str, triples: list, where: str) -> Text:
         if not isinstance(triple, list | tuple) or len(triple) != 3:
             raise InputError(f"{where}: a triple is [subject, predicate, object], got {shown(triple)}")
         subject, relation, object_ = triple
-        if not isinstance(relation, str) or not relation:
+        if not isinstance(relation, str) or not relation.strip():
             raise InputError(f"{where}: a predicate is a string, got {shown(relation)}")
+        check_characters(relation, f"{where}: the predicate {shown(relation)}")
         first = locate(made, subject, f"{where}: the subject")
         second = locate(made, object_, f"{where}: the object")
         made.triples.append(Triple(first, relation, second))
@@ -82,9 +83,13 @@ def locate(text: Text, part: str | list[int], what: str) -> tuple[int, int]:
     return first, last
 
 
+def check_characters(text: str, what: str) -> None:
+    if re.search("[\ud800-\udfff]", text):
+        raise InputError(f"{what} has half of a surrogate pair, which is no character")
+
+
 def shown(value: object) -> str:
-    written = json.dumps(value, ensure_ascii=False)
-    return written if len(written) <= 60 else written[:57] + "..."
+    return short(json.dumps(value, ensure_ascii=False))
 
 
 def read_texts(path: Path, *, labelled: bool = True) -> list[Text]:
@@ -105,8 +110,7 @@ def read_texts(path: Path, *, labelled: bool = True) -> list[Text]:
                 raise InputError(f'{where}: the line has no "{key}"')
         if not isinstance(record["text"], str):
             raise InputError(f'{where}: "text" must be a string, got {shown(record["text"])}')
-        if re.search("[\ud800-\udfff]", record["text"]):
-            raise InputError(f'{where}: "text" has half of a surrogate pair, which is no character')
+        check_characters(record["text"], f'{where}: "text"')
         texts.append(make_text(record["text"], record["triples"] if labelled else [], where))
     if not texts:
         raise InputError(f"{path} is empty")
@@ -117,4 +121,5 @@ def check_relations_seen(texts: list[Text], relations: list[str]) -> None:
     for text in texts:
         for triple in text.triples:
             if triple.relation not in relations:
-                raise InputError(f"{text.where}: the predicate {triple.relation} does not occur in the training file")
+                predicate = shown(triple.relation)
+                raise InputError(f"{text.where}: the predicate {predicate} does not occur in the training file")

@@ -6,7 +6,6 @@ import re
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from fastnlp_ops import tags_to_spans
@@ -16,19 +15,29 @@ class InputError(Exception):
     """Bad input of the user's: the message is one sentence, shown without a traceback."""
 
 
+# Control characters, lone surrogates, and the signs that turn the direction of writing.
+INVISIBLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def visible(text: str, kept: str = "") -> str:
+    """The text with an escape in place of whatever would be no character on a screen or in a picture."""
+
+    def escaped(match: re.Match) -> str:
+        return match.group() if match.group() in kept else match.group().encode("unicode_escape").decode()
+
+    return INVISIBLE.sub(escaped, text)
+
+
+def short(text: str, most: int = 60) -> str:
+    return text if len(text) <= most else text[: most - 3] + "..."
+
+
 class Span(NamedTuple):
     """Tokens `start` to `stop` (exclusive) of a sentence carry `label`."""
 
     start: int
     stop: int
     label: str
-
-
-def make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"cannot make the folder {folder}: {error.strerror}") from error
 
 
 @dataclass
@@ -84,8 +93,10 @@ class Labelled(Protocol):
     label: str
 
 
-def scores_by_label(gold: Iterable[Iterable[Labelled]], predicted: Iterable[Iterable[Labelled]]) -> dict[str, Score]:
-    """Scores of exact matches, text by text: of "all" together, then of each label, the most frequent first."""
+def scores_by_label(
+    gold: Iterable[Iterable[Labelled]], predicted: Iterable[Iterable[Labelled]]
+) -> dict[str | None, Score]:
+    """Scores of exact matches, text by text: of all together (None), then of each label, the most frequent first."""
     correct, in_gold, in_predicted = Counter(), Counter(), Counter()
     for to_find, found in zip(gold, predicted, strict=True):
         in_gold.update(item.label for item in to_find)
@@ -102,7 +113,12 @@ def scores_by_label(gold: Iterable[Iterable[Labelled]], predicted: Iterable[Iter
         return Score(precision, recall, f1, n_gold)
 
     labels = sorted(in_gold.keys() | in_predicted.keys(), key=lambda label: (-in_gold[label], label))
-    return {"all": score(labels), **{label: score([label]) for label in labels}}
+    return {None: score(labels), **{label: score([label]) for label in labels}}
+
+
+def name_of(label: str | None, most: int = 60) -> str:
+    """How tables and pictures call the label of scores."""
+    return {None: "all", "": "(no type)"}.get(label) or visible(short(label, most))
 
 
 def token_accuracy(gold: list[list[str]], predicted: list[list[str]]) -> float:

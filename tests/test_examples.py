@@ -117,7 +117,7 @@ def test_scores():
     gold_entities = entities(gold, labels, "BIO")
     assert gold_entities == [Span(0, 2, "X"), Span(3, 4, "Y"), Span(4, 5, "X")]
     scores = scores_by_label([gold_entities], [entities(predicted, labels, "BIO")])
-    assert scores["all"] == (1 / 2, 1 / 3, 2 / 5, 3)
+    assert scores[None] == (1 / 2, 1 / 3, 2 / 5, 3)
     assert scores["X"] == (1 / 2, 1 / 2, 1 / 2, 2)
     assert scores["Y"] == (0, 0, 0, 1)
     assert token_accuracy([gold], [predicted]) == 3 / 5
