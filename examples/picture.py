@@ -43,6 +43,7 @@ def save_picture(
 
     What the picture could not show is told in the answer.
     """
+    remark = missing_names(scores.values())  # before the axes are made, which take the fonts that there are then
     figure, axes = plt.subplots(2, 3, figsize=(16, 10), layout="constrained", width_ratios=(1, 1.2, 1))
     parts = {
         "CRF": ("negative log-likelihood per token", lambda step: step.crf.loss),
@@ -56,17 +57,19 @@ def save_picture(
     draw_times(axes[0, 1], compiled, plain)
     draw_memory(axes[1, 1], compiled, plain)
     save(figure, path)
-    return missing_names(scores.values())
+    return remark
 
 
 def save_loss_and_scores(path: Path, losses: list[float], scores: dict[str | None, Score]) -> str:
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    remark = missing_names([scores])
+    height = max(4, min(len(scores), MOST_LABELS) / 5)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, height), layout="constrained")
     left.plot(range(1, len(losses) + 1), losses, color=COMPILED, linewidth=1)
     left.set(title="Training loss", xlabel="step", ylabel="multilabel cross entropy")
     log_scale(left)
     draw_scores(right, "F1 on held-out text", scores)
     save(figure, path)
-    return missing_names([scores])
+    return remark
 
 
 def save_optimizers(path: Path, optimizers: list[Trained], level: float) -> None:
@@ -139,7 +142,7 @@ def draw_memory(axes: Axes, compiled: Run, plain: Run) -> None:
     fast, slow = ({"span head:\nloss and backward": run.peak_bytes / 2**20} for run in (compiled, plain))
     draw_pairs(axes, compiled, plain, fast, slow)
     axes.set(title="Peak memory, and how many times less", ylabel="MiB", xlim=(-1, 1))
-    log_scale(axes, bottom=1, top=5 * max(slow.values()))
+    log_scale(axes, bottom=min(fast.values()) / 3, top=5 * max(slow.values()))
 
 
 def draw_pairs(axes: Axes, compiled: Run, plain: Run, fast: dict[str, float], slow: dict[str, float]) -> None:
@@ -166,10 +169,9 @@ def draw_scores(axes: Axes, title: str, scores: dict[str | None, Score]) -> None
 
 
 def missing_names(heads: Iterable[dict[str | None, Score]]) -> str:
-    """A sentence on the names that no installed font can draw, empty where there are none."""
-    names = list(
-        dict.fromkeys(name_of(label, LABEL_LENGTH) for scores in heads for label in list(scores)[: 1 + MOST_LABELS])
-    )
+    """Finds fonts for the names; a sentence on those that no installed font can draw, empty where there are none."""
+    shown = dict.fromkeys(label for scores in heads for label in list(scores)[: 1 + MOST_LABELS])
+    names = [name_of(label, LABEL_LENGTH) for label in shown]
     missing = without_glyph(names)
     lost = [name for name in names if missing & set(name)]
     if not lost:
