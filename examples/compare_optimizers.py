@@ -22,7 +22,7 @@ from picture import save_optimizers
 from python_corpus import KINDS, LABELS, standard_library
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
-from screen import Screen, progress, run, seed
+from screen import Screen, progress, reading_progress, run, seed
 from sentences import InputError
 from tagger import Labels, Tagger, batches, encode
 from torch import nn
@@ -74,7 +74,8 @@ def train(args: argparse.Namespace, screen: Screen) -> int:
     if steps < 1:
         raise InputError(f"--steps must be at least 1, got {steps}")
     labels = Labels(LABELS, "BIO", KINDS)
-    sentences = [sentence for file in standard_library(args.seed, FILES) for sentence in file]
+    with reading_progress(screen, FILES) as on_file:
+        sentences = [sentence for file in standard_library(args.seed, FILES, on_file) for sentence in file]
     picture = args.output / "compare_optimizers.png"
     check_writable(picture)
     trained = []

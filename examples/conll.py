@@ -10,6 +10,7 @@ from sentences import InputError, Sentence, short
 
 from fastnlp_ops import transition_mask
 
+MOST_TOKENS = 4096  # of a sentence: there are as many spans as pairs of its tokens
 # In order of preference, for tags that are legal in several.
 SCHEMES = ("BIO", "IOB1", "BIOES", "BMES", "BMESO")
 TAG = re.compile("O|[BILUMES](-.*)?")
@@ -30,7 +31,8 @@ def read_conll(path: Path, *, tagged: bool = True) -> list[Sentence]:
         if tagged and len(columns) < 2:
             raise InputError(f"{path}:{number}: the line has a token and no tag: {short(columns[0])!r}")
         if len(columns) != len(rows[0][1]):
-            raise InputError(f"{path}:{number}: not as many columns as above: {len(columns)}, not {len(rows[0][1])}")
+            first, like = rows[0]
+            raise InputError(f"{path}:{number}: the number of columns is {len(columns)}, in line {first} {len(like)}")
     own = 2 if tagged or all(TAG.fullmatch(columns[-1]) for _, columns in rows) else 1
     while groups and len(groups[0][0][1]) > own and count_tokens(groups):
         counted = [[(n, columns[1:]) for n, columns in group if columns[0].isdecimal()] for group in groups]
@@ -39,6 +41,8 @@ def read_conll(path: Path, *, tagged: bool = True) -> list[Sentence]:
         raise InputError(f"{path} is empty")
     sentences = []
     for group in groups:
+        if len(group) > MOST_TOKENS:
+            raise InputError(f"{path}:{group[0][0]}: {len(group)} tokens without the blank line that ends a sentence")
         tokens = [columns[0] for _, columns in group]
         tags = [columns[-1] for _, columns in group] if tagged else []
         sentences.append(Sentence(tokens, tokens, [number for number, _ in group], tags))

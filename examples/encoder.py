@@ -20,6 +20,7 @@ BUCKETS = 1 << 14
 WIDTH = 96
 LAYERS = 3
 HEADS = 4  # in each direction
+TOGETHER, MOST_PAIRS = 64, 1 << 24  # texts to predict at once, and pairs of their tokens
 
 
 @cache
@@ -41,6 +42,17 @@ def pad(rows: list[Tensor]) -> tuple[Tensor, Tensor]:
     lengths = torch.tensor([len(row) for row in rows])
     padded = pad_sequence(rows, batch_first=True)
     return padded, torch.arange(padded.shape[1]) < lengths[:, None]
+
+
+def consecutive(lengths: list[int]) -> Iterator[slice]:
+    """Texts to predict together: TOGETHER, or fewer where they are so long that they have more pairs of tokens."""
+    start = longest = 0
+    for i, length in enumerate(lengths):
+        longest = max(longest, length)
+        if i - start == TOGETHER or (i > start and (i + 1 - start) * longest**2 > MOST_PAIRS):
+            yield slice(start, i)
+            start, longest = i, length
+    yield slice(start, len(lengths))
 
 
 def random_batches(count: int, batch_size: int, steps: int, seed: int) -> Iterator[list[int]]:

@@ -27,7 +27,7 @@ from picture import save_loss_and_scores
 from relation_corpus import RELATIONS, library_texts, read_source_texts
 from relation_model import Extractor, batches, encode, load_checkpoint, save_checkpoint
 from relation_texts import Text, Triple, check_relations_seen, read_texts
-from screen import Screen, prediction_progress, progress, run, score_table, seed
+from screen import Screen, prediction_progress, progress, reading_progress, run, score_table, seed
 from sentences import InputError, scores_by_label
 
 BATCH_SIZE = 32
@@ -69,11 +69,12 @@ def by_strings(texts: list[Text], triples: list[list[Triple]]) -> list[set[Found
     ]
 
 
-def read_corpus(args: argparse.Namespace, size: Size) -> Corpus:
+def read_corpus(args: argparse.Namespace, size: Size, screen: Screen) -> Corpus:
     if (args.train is None) != (args.test is None):
         raise InputError("--train and --test go together: give both, or neither for the standard library")
     if args.train is None:
-        files = library_texts(args.seed, size.files)
+        with reading_progress(screen, size.files) as on_file:
+            files = library_texts(args.seed, size.files, on_file)
         held_out = round(len(files) * TEST_FRACTION)
         test, train = ([text for file in part for text in file] for part in (files[:held_out], files[held_out:]))
         return Corpus("python", train, test, list(RELATIONS))
@@ -90,7 +91,7 @@ def train(args: argparse.Namespace, screen: Screen) -> int:
     steps = size.steps if args.steps is None else args.steps
     if steps < 1:
         raise InputError(f"--steps must be at least 1, got {steps}")
-    corpus = read_corpus(args, size)
+    corpus = read_corpus(args, size, screen)
     screen.print(
         f"{len(corpus.train)} training and {len(corpus.test)} test texts, "
         f"{sum(len(t.words) for t in corpus.train)} and {sum(len(t.words) for t in corpus.test)} words, "
@@ -161,7 +162,7 @@ def predict(args: argparse.Namespace, screen: Screen) -> int:
             print(json.dumps({"text": text.text, "triples": sorted(of_text)}, ensure_ascii=False))
     else:
         for triple in sorted(set().union(*found)):
-            screen.print("  ".join(triple))
+            screen.print("  ".join(" ".join(part.split()) for part in triple))
     Screen(stderr=True).print(left_out, end="")
     return 0
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import re
-import tempfile
 from pathlib import Path
 
 from sentences import InputError
@@ -34,31 +35,26 @@ def read_lines(path: Path) -> list[str]:
 def check_writable(path: Path) -> None:
     """Makes the folder of a file that is to be written: what is in its way shows before the work and not behind it."""
     try:
-        if path.is_dir():
-            raise InputError(f"cannot write {path}: Is a directory")
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"cannot make the folder {path.parent}: {error.strerror}") from error
-    if path.exists() and not path.is_file():  # /dev/null
-        return
-    try:
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
-    except OSError as error:
-        raise InputError(f"cannot write to the folder {path.parent}: {error.strerror}") from error
+    write_bytes(path, None)
 
 
-def write_bytes(path: Path, content: bytes) -> None:
-    """All of it or nothing: it is written beside its place and then moved there."""
-    path = path.resolve()
-    part = path.with_name(path.name + ".part")
+def write_bytes(path: Path, content: bytes | None) -> None:
+    """All of it or nothing: it is written beside its place and then moved there. Without content it is only tried."""
     try:
-        if path.exists() and not path.is_file():
-            path.write_bytes(content)
+        path = path.resolve()
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        if path.exists() and not path.is_file():  # /dev/null
+            path.write_bytes(content or b"")
             return
+        part = path.with_name(path.name + ".part")
         try:
-            part.write_bytes(content)
-            part.replace(path)
+            part.write_bytes(content or b"")
+            if content is not None:
+                part.replace(path)
         finally:
             part.unlink(missing_ok=True)
     except OSError as error:

@@ -26,7 +26,7 @@ from picture import save_picture
 from python_corpus import KINDS, LABELS, read_source, standard_library
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
-from screen import Screen, prediction_progress, progress, run, score_table, seed
+from screen import Screen, prediction_progress, progress, reading_progress, run, score_table, seed
 from sentences import (
     InputError,
     Sentence,
@@ -68,11 +68,12 @@ class Corpus:
         return [entities(sentence, self.labels.tags, self.labels.scheme) for sentence in tags]
 
 
-def read_corpus(args: argparse.Namespace, size: Size) -> Corpus:
+def read_corpus(args: argparse.Namespace, size: Size, screen: Screen) -> Corpus:
     if (args.train is None) != (args.test is None):
         raise InputError("--train and --test go together: give both, or neither for the standard library")
     if args.train is None:
-        files = standard_library(args.seed, size.files)
+        with reading_progress(screen, size.files) as on_file:
+            files = standard_library(args.seed, size.files, on_file)
         held_out = round(len(files) * TEST_FRACTION)
         test, train = (
             [sentence for file in part for sentence in file] for part in (files[:held_out], files[held_out:])
@@ -95,7 +96,7 @@ def train_and_compare(args: argparse.Namespace, screen: Screen) -> int:
     steps = size.steps if args.steps is None else args.steps
     if steps < 1:
         raise InputError(f"--steps must be at least 1, got {steps}")
-    corpus = read_corpus(args, size)
+    corpus = read_corpus(args, size, screen)
     screen.print(
         f"{len(corpus.train)} training and {len(corpus.test)} test sentences, "
         f"{sum(len(s.tokens) for s in corpus.train)} and {sum(len(s.tokens) for s in corpus.test)} tokens, "

@@ -301,8 +301,22 @@ def read_python(path: Path) -> str:
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from error
     except (SyntaxError, ValueError, LookupError) as error:  # LookupError: # coding: hex
-        raise InputError(f"{path} is not Python source: {error}") from error
+        raise not_python(path, error) from error
     return source
+
+
+def not_python(path: Path, error: Exception) -> InputError:
+    line, reason = getattr(error, "lineno", None), str(error) or "it is nested too deep"  # a MemoryError is empty
+    match error:
+        case SyntaxError():
+            reason = error.msg
+        case tokenize.TokenError():
+            reason, (line, _) = error.args
+        case UnicodeDecodeError():
+            line, reason = 1 + error.object.count(b"\n", 0, error.start), f"{error.reason} for {error.encoding}"
+        case UnicodeEncodeError():
+            line, reason = 1 + error.object.count("\n", 0, error.start), error.reason
+    return InputError(f"{path}{f':{line}' if line else ''} is not Python source: {reason}")
 
 
 def read_source(path: Path) -> list[Sentence]:
@@ -311,7 +325,7 @@ def read_source(path: Path) -> list[Sentence]:
     try:
         file = SourceFile(source)
     except (SyntaxError, tokenize.TokenError) as error:
-        raise InputError(f"{path} is not Python source: {error}") from error
+        raise not_python(path, error) from error
     if not len(file):
         raise InputError(f"{path} is empty")
     return [cut(file, start, stop) for start, stop in sentence_bounds(file)]
@@ -326,7 +340,7 @@ def library_paths(draw: random.Random) -> list[Path]:
     return paths
 
 
-def standard_library(seed: int, max_files: int) -> list[list[Sentence]]:
+def standard_library(seed: int, max_files: int, on_file: Callable[[], None] = lambda: None) -> list[list[Sentence]]:
     """Labelled sentences of up to `max_files` files, the same ones for the same seed."""
     draw = random.Random(seed)
     files = []
@@ -339,4 +353,5 @@ def standard_library(seed: int, max_files: int) -> list[list[Sentence]]:
             continue
         if sentences:
             files.append(sentences)
+            on_file()
     return files

@@ -6,10 +6,10 @@ import ast
 import random
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from python_corpus import library_paths, read_python
+from python_corpus import library_paths, not_python, read_python
 from relation_texts import TOKEN, Text, make_text
 from sentences import InputError
 
@@ -134,13 +134,13 @@ def read_source_texts(path: Path) -> list[Text]:
             warnings.simplefilter("ignore")  # what Python thinks of the file's escapes and comparisons
             texts = source_texts(source, str(path))
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:  # the last two: brackets in brackets
-        raise InputError(f"{path} is not Python source: {error or type(error).__name__}") from error
+        raise not_python(path, error) from error
     if not texts:
         raise InputError(f"{path} is empty")
     return texts
 
 
-def library_texts(seed: int, max_files: int) -> list[list[Text]]:
+def library_texts(seed: int, max_files: int, on_file: Callable[[], None] = lambda: None) -> list[list[Text]]:
     """Texts of up to `max_files` files of the standard library, the same ones for the same seed."""
     files = []
     for path in library_paths(random.Random(seed)):
@@ -151,4 +151,5 @@ def library_texts(seed: int, max_files: int) -> list[list[Text]]:
         except InputError:  # an empty file, or one that this Python cannot read
             continue
         files.append(texts)
+        on_file()
     return files

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from encoder import WIDTH, Encoder, encode_words, pad, random_batches
+from encoder import WIDTH, Encoder, consecutive, encode_words, pad, random_batches
 from relation_texts import Text, Triple
 from tagger import best, number, read_checkpoint, write_checkpoint
 from torch import Tensor, nn
@@ -87,12 +87,12 @@ class Extractor(nn.Module):
 
     @torch.no_grad()
     def predict(
-        self, texts: list[Text], on_batch: Callable[[int], None] = lambda _: None, batch_size: int = 64
+        self, texts: list[Text], on_batch: Callable[[int], None] = lambda _: None
     ) -> tuple[list[list[Triple]], int]:
         """The best triples of every text, MOST_TRIPLES for each word, and how many more there were."""
         predicted, left_out = [], 0
-        for start in range(0, len(texts), batch_size):
-            features, mask = pad([encode_words(text.words) for text in texts[start : start + batch_size]])
+        for together in consecutive([len(text.words) for text in texts]):
+            features, mask = pad([encode_words(text.words) for text in texts[together]])
             hidden = self.encoder(features, mask)
             # No more subjects and objects than words: a model that has learnt nothing finds a quarter of all spans.
             spans, _ = self.entities.decode(hidden, mask, top_k=mask.shape[1])

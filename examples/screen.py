@@ -6,7 +6,8 @@ import os
 import re
 import sys
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,14 @@ def seed(text: str) -> int:
 def progress(console: Console, **options: Any) -> Progress:
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     return Progress(*columns, TextColumn("{task.fields[note]}", markup=False), console=console, **options)
+
+
+@contextmanager
+def reading_progress(screen: Screen, files: int) -> Iterator[Callable[[], None]]:
+    """What is to be called for each file."""
+    with progress(screen) as bar:
+        task = bar.add_task("reading", total=files, note="files of the standard library")
+        yield lambda: bar.advance(task)
 
 
 def prediction_progress() -> Progress:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import torch
-from encoder import WIDTH, Encoder, encode_words, pad, random_batches
+from encoder import WIDTH, Encoder, consecutive, encode_words, pad, random_batches
 from files import read_bytes, write_bytes
 from sentences import InputError, Sentence, Span
 from torch import Tensor, nn
@@ -138,12 +138,12 @@ class Tagger(nn.Module):
 
     @torch.no_grad()
     def predict(
-        self, sentences: list[Sentence], on_batch: Callable[[int], None] = lambda _: None, batch_size: int = 64
+        self, sentences: list[Sentence], on_batch: Callable[[int], None] = lambda _: None
     ) -> tuple[list[list[str]], list[list[Span]], int]:
         """The tags of every sentence, its best spans, MOST_SPANS for each token, and how many more there were."""
         all_tags, all_spans, left_out = [], [], 0
-        for start in range(0, len(sentences), batch_size):
-            features, mask = pad([encode_words(sentence.words) for sentence in sentences[start : start + batch_size]])
+        for together in consecutive([len(sentence.words) for sentence in sentences]):
+            features, mask = pad([encode_words(sentence.words) for sentence in sentences[together]])
             hidden = self.encoder(features, mask)
             paths, _ = self.crf.viterbi(self.emissions(hidden), mask)
             all_tags += [[self.labels.tags[tag] for tag in path[on]] for path, on in zip(paths, mask, strict=True)]
