@@ -193,8 +193,8 @@ def read_checkpoint(path: Path, kind: str, make_model: Callable[[dict], Model]) 
     content = BytesIO(read_bytes(path))
     try:
         content = torch.load(content, weights_only=True)
-        if content["format"] != kind:
-            raise ValueError(content["format"])
+        if not isinstance(content, dict) or content["format"] != kind:
+            raise ValueError("another format")
         model = make_model(content)
         model.load_state_dict(content["weights"])
         return model, content["corpus"]

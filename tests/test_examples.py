@@ -183,7 +183,7 @@ ILLEGAL = "the tags are of no known scheme: "
         ),
         ("A B-X\n\nB O O\n", GOOD, "{train}:3: the number of columns is 3, in line 1 2"),
         (b"A B-X\n\0 O\n", GOOD, "{train}:2: the line has a zero byte, so this is no UTF-8 text"),
-        ("# id 7\tdomain=x\n\n# text = O\n", GOOD, "{train} is empty"),
+        ("# id 7\tdomain=x\n\n# text = x\n", GOOD, "{train} is empty"),
         (
             GOOD,
             "A O\nB " + 99 * "B" + "\n",
@@ -292,7 +292,13 @@ def test_python_run(tmp_path, capsys):
     assert tagged.stdout.startswith("  line  role by CRF  spans by GlobalPointer")
 
     path = tmp_path / "bad.py"
-    for content, problem in (("", " is empty"), ("x = (", " is not Python"), (b"\xff", " is not Python")):
+    for content, problem in (
+        ("", " is empty"),
+        ("if x:\n    y\n  z\n", ":3 is not Python"),
+        (b"\xff", " is not Python"),
+        (b"# coding: hex", " is not Python"),
+        (b"# coding: raw_unicode_escape\n'\\ud83d'", ":2 is not Python source: surrogates not allowed"),
+    ):
         assert label_python.main(["--predict", str(write(path, content)), "--output", str(tmp_path)]) == 2
         sentence = capsys.readouterr().err
         assert sentence.startswith(f"label_python: {path}{problem}")

@@ -13,6 +13,7 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
 import extract_relations  # noqa: E402  (the examples are scripts, found next to each other)
+import relation_model  # noqa: E402
 from relation_corpus import MAX_TOKENS, RELATIONS, Finder, library_texts, source_texts, without_comments  # noqa: E402
 from relation_model import Extractor, batches, encode  # noqa: E402
 from relation_texts import Triple, make_text  # noqa: E402
@@ -141,10 +142,18 @@ GOOD = line()
         ('{"text": "a"}', GOOD, '{train}:1: the line has no "triples"'),
         ('{"text": 1, "triples": []}', GOOD, '{train}:1: "text" must be a string, got 1'),
         ("[" * 10**5, GOOD, "{train}:1: the line is not JSON: "),
-        (line(triples=[["Ada", "\ud83d", "Bob"]]), GOOD, '{train}:1: the predicate "\\ud83d" has half of a surrogate pair'),
+        (
+            line(triples=[["Ada", "\ud83d", "Bob"]]),
+            GOOD,
+            '{train}:1: the predicate "\\ud83d" has half of a',
+        ),
         (line(triples=[["\ud83d", "met", "Bob"]]), GOOD, '{train}:1: the subject "\\ud83d" is not in the text'),
         (line(triples=[["Ada", " ", "Bob"]]), GOOD, '{train}:1: a predicate is a string, got " "'),
-        (GOOD, line(triples=[["Ada", "a\n[/b]\x1b", "Bob"]]), '{test}:1: the predicate "a\\n[/b]\\u001b" does not occur'),
+        (
+            GOOD,
+            line(triples=[["Ada", "a\n[/b]\x1b", "Bob"]]),
+            '{test}:1: the predicate "a\\n[/b]\\u001b" does not',
+        ),
         (line("\ud800", []), GOOD, '{train}:1: "text" has half of a surrogate pair, which is no character'),
         (line(" ", []), GOOD, "{train}:1: the text is empty"),
         (line(triples={}), GOOD, '{train}:1: "triples" must be a list, got {}'),
@@ -164,7 +173,7 @@ GOOD = line()
         (
             GOOD,
             line(triples=[["Ada", "saw", "Bob"]]),
-            "{test}:1: the predicate "saw" does not occur in the training file",
+            '{test}:1: the predicate "saw" does not occur in the training file',
         ),
     ],
 )
@@ -221,9 +230,10 @@ def test_python_run(tmp_path, capsys):
     for content, problem in (
         ("", " is empty"),
         ("# no code\n", " is empty"),
-        ("x = (", " is not Python source: "),
-        (b"\xff", " is not Python source: "),
+        ("\nx = (", ":2 is not Python source: "),
+        (b"x\n\xff", ":2 is not Python source: invalid"),
         ("x = 1\0", " is not Python source: "),
+        ("x = " + 10**5 * "-" + "1", " is not Python source: it is nested too deep\n"),
     ):
         assert extract_relations.main(["--predict", str(write(path, content)), "--output", str(tmp_path)]) == 2
         sentence = capsys.readouterr().err
@@ -253,13 +263,14 @@ def test_json_run(tmp_path, capsys):
     assert second == {"text": "Alan met Emmy Noether .", "triples": [["Alan", "met", "Emmy Noether"]]}
 
 
-def test_prediction_is_that_of_dense_scores():
+def test_prediction_is_that_of_dense_scores(monkeypatch):
     """Between the best spans, as many as words, decoding finds the triples that a look at all scores finds."""
+    monkeypatch.setattr(relation_model, "MOST_TRIPLES", 100)
     torch.manual_seed(5)
     extractor = Extractor(["r", "s"])
     torch.nn.init.normal_(extractor.encoder.embedding.weight)  # words that say much, so that there are triples
     texts = [make_text(text, [], "") for text in ("a b c d", "c d e f g h")]
-    for text, triples in zip(texts, extractor.predict(texts), strict=True):
+    for text, triples in zip(texts, extractor.predict(texts)[0], strict=True):
         (example,) = encode([text], ["r", "s"])
         features, mask = example.features[None], torch.ones(1, len(text.words), dtype=torch.bool)
         hidden = extractor.encoder(features, mask)
