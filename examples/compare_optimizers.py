@@ -7,15 +7,14 @@ python examples/compare_optimizers.py
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Callable, Iterable
 from importlib.util import find_spec
 from pathlib import Path
 
-# Threads that spin while they wait for each other are slow on a machine that does other work as well (label_python.py).
-os.environ["OMP_WAIT_POLICY"] = os.environ.get("OMP_WAIT_POLICY", "passive")
+import before_torch  # noqa: F401
 
+# isort: split
 import torch
 from files import check_writable
 from picture import save_optimizers

@@ -16,9 +16,9 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-# Before torch starts its threads; label_python.py has the reason and the numbers.
-os.environ["OMP_WAIT_POLICY"] = os.environ.get("OMP_WAIT_POLICY", "passive")
+import before_torch  # noqa: F401
 
+# isort: split
 import torch
 from files import check_writable
 from picture import save_stream

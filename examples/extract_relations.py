@@ -11,16 +11,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-# Threads that spin while they wait for each other are slow on a machine that does other work as well (label_python.py).
-os.environ["OMP_WAIT_POLICY"] = os.environ.get("OMP_WAIT_POLICY", "passive")
+import before_torch  # noqa: F401
 
+# isort: split
 import torch
 from files import check_writable
 from picture import save_loss_and_scores

@@ -9,16 +9,14 @@ python examples/label_python.py --predict my_module.py            tag a file wit
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-# Before torch starts its threads: on a machine that does other work as well, threads that spin while they wait for each
-# other make a training step 5 to 30 times slower (measured: 1 to 4 s instead of 0.1 to 0.2 s).
-os.environ["OMP_WAIT_POLICY"] = os.environ.get("OMP_WAIT_POLICY", "passive")
+import before_torch  # noqa: F401
 
+# isort: split
 import torch
 from conll import check_tags_seen, detect_scheme, read_conll
 from files import check_writable

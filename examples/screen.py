@@ -60,7 +60,7 @@ def run(name: str, parser: ArgumentParser, argv: list[str] | None, job: Callable
 
 def seed(text: str) -> int:
     """The type of --seed: what torch and random both take."""
-    if not text.isdecimal() or int(text[:20]) >= 1 << 63:
+    if not re.fullmatch("[0-9]{1,19}", text) or int(text) >= 1 << 63:
         raise ArgumentTypeError(f"must be a number from 0 to 2^63 - 1, got {short(text)}")
     return int(text)
 

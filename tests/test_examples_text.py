@@ -1,6 +1,7 @@
 """The examples with any text that people have in files and names: columns, screens, pictures; and how they end."""
 
 import os
+import signal
 import subprocess
 import sys
 import warnings
@@ -26,6 +27,7 @@ from encoder import MOST_PAIRS, TOGETHER, consecutive  # noqa: E402
 from files import check_writable, write_bytes  # noqa: E402
 from fonts import without_glyph  # noqa: E402
 from matplotlib import font_manager, rcParams  # noqa: E402
+from matplotlib.axes import Axes  # noqa: E402
 from picture import MOST_LABELS, save_loss_and_scores  # noqa: E402
 from screen import Screen, score_table  # noqa: E402
 from sentences import InputError, Score, name_of  # noqa: E402
@@ -41,6 +43,7 @@ HOSTILE = (
         ":smile:",
         "$x$_^\\frac{",
         "$",
+        "$^{$",
         "_hidden",
         "人名",
         "имя",
@@ -74,7 +77,7 @@ def write(path, content):
         ("# O\n", [["#/O"]]),
         ("A O\n# O\n#nlp B-X\n# a comment\n#begin document (x);\n", [["A/O", "#/O", "#nlp/B-X"]]),
         ("# # B-NP\nA NN O\n", [["#/B-NP", "A/O"]]),
-        ("# text = it was I\n1\tA\tX\tO\n", [["A/O"]]),  # as many columns, but other lines have tabs
+        ("# text = I\n1\tA\tX\tO\n", [["A/O"]]),  # as many columns, but other lines have tabs
         ("#\thttp://a.b/c\t[2009-10-17]\n1\tA\tB-PER\tO\n", [["A/O"]]),
         ("-DOCSTART- -X- O\nA NN O\n-DOCSTART- -X- O\nB NN O\n-DOCSTART-\n", [["A/O"], ["B/O"]]),
         ("\ufeffA O\r\n\r\n\ufeffB O  \r\n\t\r\nC\tO\t\r\n", [["A/O"], ["B/O"], ["C/O"]]),
@@ -134,9 +137,9 @@ def test_screen_shows_text_as_it_is(capsys, monkeypatch):
 def test_type_names_are_not_cut(capsys, monkeypatch):
     """On a narrow terminal, beside the scores of both heads."""
     monkeypatch.setenv("COLUMNS", "80")
-    Screen().print(score_table("", {"CRF": scored(["organisation of the state"]), "GlobalPointer": scored([])}))
+    Screen().print(score_table("", {"CRF": scored(["organisation_of_the_state"]), "GlobalPointer": scored([])}))
     printed = capsys.readouterr().out
-    assert "".join(line[:14].strip() for line in printed.splitlines()).endswith("organisationof the state")
+    assert "".join(line[:14].strip() for line in printed.splitlines()).endswith("organisation_of_the_state")
     assert max(map(len, printed.splitlines())) <= 80
 
 
@@ -160,7 +163,8 @@ def no_fonts(monkeypatch):
 @pytest.mark.usefixtures("no_fonts")
 def test_picture_of_any_name(tmp_path, monkeypatch):
     drawn = []
-    monkeypatch.setattr(matplotlib.axes.Axes, "set_yticks", lambda *given: drawn.extend(given[2]))
+    set_ticks = Axes.set_yticks
+    monkeypatch.setattr(Axes, "set_yticks", lambda *given: drawn.extend(given[2]) or set_ticks(*given))
     remark = picture(tmp_path, HOSTILE)
     assert remark.startswith("no installed font has all characters of 人名: the picture has squares")
     assert drawn == [name_of(label, 40).replace("人名", "□□") for label in (None, *HOSTILE)]
@@ -265,7 +269,7 @@ def test_what_cannot_be_written_shows_at_once(tmp_path, capsys, name):
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-@pytest.mark.parametrize("seed", ["-1", "x", str(1 << 63), "9" * 5000])
+@pytest.mark.parametrize("seed", ["-1", "x", str(1 << 63), "0" * 20 + "9" * 5000])
 def test_bad_seed(script, seed, capsys):
     with pytest.raises(SystemExit, match="2"):
         script.main(["--seed", seed])
@@ -323,16 +327,25 @@ for script, job in jobs.items():
         os.dup2(nowhere if what is interrupted else written, 1)
         try:
             print(script.__name__, script.main(arguments), file=sys.stderr)
-        except SystemExit:  # of --help
-            pass
+        except SystemExit as error:  # of --help, where nothing is in its way
+            print(script.__name__, error.code, file=sys.stderr)
+        os.dup2(nowhere, 1)
+        sys.stdout.flush()
+
+def one_line(args, screen):
+    print("a line that waits in the buffer")
+    return 0
+
 os.dup2(written, 1)
-setattr(label_python, "train_and_compare", many_lines)
+label_python.train_and_compare = one_line
 sys.exit(label_python.main([]))
 """
 
 
 def in_a_process(*arguments, env=None):
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(EXAMPLES), *sys.path])} | (env or {})
+    """With a standard output that is buffered, as it is for users."""
+    paths = os.pathsep.join([str(EXAMPLES), *sys.path])
+    environment = os.environ | {"PYTHONPATH": paths, "PYTHONUNBUFFERED": ""} | (env or {})
     return subprocess.run([sys.executable, *arguments], env=environment, capture_output=True)
 
 
@@ -340,8 +353,23 @@ def test_ends():
     """A reader that closes the pipe, as head does, and Ctrl-C."""
     done = in_a_process("-c", ENDS)
     names = [script.__name__ for script in SCRIPTS]
-    expected = "".join(f"{name} 141\n\n{name}: interrupted\n{name} 130\n" for name in names)
+    expected = "".join(f"{name} 141\n{name} 141\n\n{name}: interrupted\n{name} 130\n" for name in names)
     assert (done.stderr.decode(), done.returncode) == (expected, 141)
+
+
+INTERRUPTED = """
+import sys, before_torch
+sys.argv = ["examples/label_python.py"]
+{}
+"""
+
+
+def test_interrupted_while_torch_is_imported():
+    done = in_a_process("-c", INTERRUPTED.format("raise KeyboardInterrupt"))
+    assert done.returncode in (-signal.SIGINT, 130)  # the second on systems without signals
+    assert done.stderr == b"\nlabel_python: interrupted\n"
+    done = in_a_process("-c", INTERRUPTED.format("1 / 0"))
+    assert done.stderr.startswith(b"Traceback")
 
 
 NOT_UTF8 = """
