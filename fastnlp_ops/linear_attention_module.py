@@ -44,6 +44,7 @@ class LinearAttention(nn.MultiheadAttention):
     Returns:
         ``layer(query, key, value, key_padding_mask=None, need_weights=False, attn_mask=None,
         average_attn_weights=True, is_causal=False)``: (output, None), batched or not, as of ``nn.MultiheadAttention``.
+        Nested tensors are taken for self-attention.
         key_padding_mask [B, Tk] has torch's meaning, which is the opposite of :func:`linear_attention`'s: True, or
         -inf in one of floats, is padding. ``is_causal`` alone makes it causal; an ``attn_mask`` may stand beside it.
         ``layer.prefill(x, state=None, key_padding_mask=None)``: (causal output, :class:`LinearAttentionState`), going
@@ -52,8 +53,7 @@ class LinearAttention(nn.MultiheadAttention):
 
     Raises:
         ValueError: for dropout, add_bias_kv and add_zero_attn; for need_weights, an attn_mask without is_causal, nested
-            tensors (``nn.TransformerEncoder(enable_nested_tensor=False)`` makes none); else as
-            :func:`linear_attention`.
+            tensors in cross-attention or beside a mask; else as :func:`linear_attention`.
         TypeError: as :func:`linear_attention`.
         NotImplementedError: for ``step`` where gradients are recorded.
 
@@ -96,9 +96,9 @@ class LinearAttention(nn.MultiheadAttention):
         super().__init__(
             embed_dim, num_heads, bias=bias, kdim=kdim, vdim=vdim, batch_first=batch_first, device=device, dtype=dtype
         )
-        # What nn.TransformerEncoderLayer asks for before it computes softmax attention from the weights by itself,
-        # without a call of this layer, in eval mode.
-        self._qkv_same_embed_dim = False
+        # nn.TransformerEncoderLayer in eval mode computes softmax attention from the weights, without a call of this
+        # layer, unless one of its modules has a hook.
+        self.register_forward_pre_hook(_no_fast_path)
         self.feature_map = feature_map
 
     def forward(
@@ -117,6 +117,10 @@ class LinearAttention(nn.MultiheadAttention):
             raise ValueError("need_weights must be False: linear attention computes no weights")
         if attn_mask is not None and not is_causal:
             raise ValueError("attn_mask must be None, or the causal one with is_causal=True: no other is linear")
+        if query.is_nested or key.is_nested or value.is_nested:
+            if not (query is key and key is value and self.batch_first and key_padding_mask is None):
+                raise ValueError("a nested tensor must be query, key and value in one, batch_first and without a mask")
+            return self._over_nested(query, is_causal), None
         for name, x, width in (("query", query, self.embed_dim), ("key", key, self.kdim), ("value", value, self.vdim)):
             self._check(name, x, width, (2, 3))
         if not query.dim() == key.dim() == value.dim():
@@ -132,6 +136,23 @@ class LinearAttention(nn.MultiheadAttention):
         )
         out = self.out_proj(out.flatten(2))
         return (self._batch_first(out) if batched else out[0]), None
+
+    def _over_nested(self, x: Tensor, causal: bool) -> Tensor:
+        """Self-attention of texts of several lengths, which nn.TransformerEncoder makes of padded ones in eval mode."""
+        texts = x.unbind()
+        lengths = [text.shape[0] for text in texts]
+        packed = torch.cat(texts)[None]
+        self._check("x", packed, self.embed_dim, (3,))
+        out: Any = linear_attention(
+            *self._project(packed, packed, packed),
+            feature_map=self.feature_map,
+            causal=causal,
+            cu_seqlens_q=torch.tensor([0, *lengths], device=x.device).cumsum(0),
+        )
+        out = self.out_proj(out.flatten(2))[0]
+        if x.layout == torch.jagged:
+            return torch.nested.nested_tensor_from_jagged(out, x.offsets())
+        return torch.nested.as_nested_tensor(list(out.split(lengths)))
 
     def prefill(
         self, x: Tensor, state: LinearAttentionState | None = None, key_padding_mask: Tensor | None = None
@@ -177,13 +198,17 @@ class LinearAttention(nn.MultiheadAttention):
 
     def _check(self, name: str, x: Tensor, width: int, dims: tuple[int, ...]) -> None:
         if x.is_nested:
-            raise ValueError(f"{name} must not be nested: build nn.TransformerEncoder with enable_nested_tensor=False")
+            raise ValueError(f"{name} must not be nested: prefill and step take padded texts")
         if x.dim() not in dims or x.shape[-1] != width:
             axes = {2: "[T, {}]", 3: "[B, T, {}]" if self.batch_first else "[T, B, {}]"}
             if dims == (2,):
                 axes[2] = "[B, {}]"
             wanted = " or ".join(axes[dim].format(width) for dim in sorted(dims, reverse=True))
             raise ValueError(f"{name} must be {wanted}, got shape {tuple(x.shape)}")
+
+
+def _no_fast_path(*_: Any) -> None:
+    """A hook that does nothing but to be one."""
 
 
 def _kept(key_padding_mask: Tensor | None, batched: bool) -> Tensor | None:
