@@ -151,7 +151,7 @@ class LinearAttention(nn.MultiheadAttention):
         )
         out = self.out_proj(out.flatten(2))[0]
         if x.layout == torch.jagged:
-            return torch.nested.nested_tensor_from_jagged(out, x.offsets())
+            return torch.nested.nested_tensor_from_jagged(out, x.offsets())  # type: ignore[attr-defined]
         return torch.nested.as_nested_tensor(list(out.split(lengths)))
 
     def prefill(

@@ -229,9 +229,9 @@ def test_gradients_through_the_cache(device):
 
 @pytest.mark.parametrize("kind", ["bert", "llama"])
 def test_training(kind, device):
-    """Models with the default dropout of their configs learn a text by heart."""
+    """Models learn a text by heart, with the dropout of hidden states that their configs have."""
     tokens = make_tokens(device)
-    options = {"initializer_range": 0.05} if kind == "bert" else {}
+    options = {"initializer_range": 0.05, "attention_probs_dropout_prob": 0.0} if kind == "bert" else {}
     model = make_bert(device, BertForMaskedLM, **options) if kind == "bert" else make_llama(device)
     model.train()
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
@@ -305,7 +305,6 @@ def test_errors(device):
     bert = make_bert(device)
     lost = make_llama(device, "sdpa")
     square = torch.zeros(B, 1, T, T, device=device)
-    packed = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 0, 1, 2, 3]], device=device)
     mistral = transformers.MistralForCausalLM(
         transformers.MistralConfig(
             vocab_size=VOCABULARY,
@@ -318,7 +317,8 @@ def test_errors(device):
             attn_implementation="fastnlp_linear",
         )
     ).to(device)
-    window = "masks of [query, key] (windows, packed texts) have no form in linear attention"
+    window = "sliding windows and chunks have no form in linear attention: set config.sliding_window = None"
+    dropping = make_bert(device).train()
 
     def with_foreign_attention():
         cache = LinearAttentionCache()
@@ -328,26 +328,33 @@ def test_errors(device):
     for call, error, sentence in (
         (lambda: register(feature_map="gelu"), ValueError, "feature_map must be identity, elu+1, relu, relu^2, exp"),
         (lambda: mistral(tokens), ValueError, window),
-        (lambda: model(tokens, position_ids=packed.expand(B, T), use_cache=False), ValueError, window),
+        (
+            lambda: dropping(tokens),
+            ValueError,
+            "attention dropout must be 0 in training, got 0.1, for linear attention has no weights to drop: "
+            "load the model with attention_probs_dropout_prob=0.0",
+        ),
         (
             lambda: bert(tokens, attention_mask=square),
             ValueError,
-            "attention_mask must be [B, Tk] for linear attention, got shape (3, 1, 11, 11)",
+            "attention_mask must be [B, Tk] of bool or integers for linear attention, got torch.float32 of shape "
+            "(3, 1, 11, 11): masks of [query, key] have no form in it, take another attn_implementation",
         ),
         (
             lambda: model(tokens, softcap=30.0),
             ValueError,
-            "softcap has no form in linear attention: take another attn_implementation",
+            "softcap has no form in linear attention: set config.attn_logit_softcapping = None, or take another",
         ),
         (
             lambda: model.generate(tokens, max_new_tokens=2, cache_implementation="static"),
             ValueError,
-            "caches of a fixed length are not for linear attention: take LinearAttentionCache",
+            "attention_mask and cache must be of the keys seen so far, got 12: caches of a fixed length are not for "
+            "linear attention, take LinearAttentionCache",
         ),
         (
             with_foreign_attention,
             RuntimeError,
-            "LinearAttentionCache needs a model whose attn_implementation register() made: its keys were lost",
+            "LinearAttentionCache lost the keys of the last tokens: it needs a model whose attn_implementation",
         ),
     ):
         with pytest.raises(error) as caught:

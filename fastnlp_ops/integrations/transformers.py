@@ -6,24 +6,42 @@
     model = AutoModelForCausalLM.from_pretrained(name, attn_implementation="fastnlp_linear")
     model.generate(**inputs, past_key_values=LinearAttentionCache())
 
-The weights of a model that was trained with softmax attention want training again: it is another function.
+The weights of a model that was trained with softmax attention want training again: it is another function. Attention
+dropout must be 0 in training (`attention_dropout=0.0` beside the name, in BERT `attention_probs_dropout_prob=0.0`).
+docs/transformers.md has the families that can, and what the others say.
 """
 
 from collections.abc import Callable
 from typing import Any
 
-import torch
+import transformers
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, Cache
-from transformers.cache_utils import CacheLayerMixin
-from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
 
-from fastnlp_ops.linear_attention import linear_attention, linear_attention_step
-from fastnlp_ops.linear_attention_state import LinearAttentionState
+if int(transformers.__version__.split(".")[0]) < 5:
+    raise ImportError(f"fastnlp_ops.integrations.transformers needs transformers 5, found {transformers.__version__}")
+
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+
+from fastnlp_ops.integrations._transformers_cache import LinearAttentionCache, take_layer
+from fastnlp_ops.integrations._transformers_masks import KeyMask, key_mask, text_offsets
+from fastnlp_ops.integrations._transformers_models import NAMES, check_model, guard_models, has_attention
+from fastnlp_ops.linear_attention import linear_attention
 from fastnlp_ops.reference.linear_attention import FEATURE_MAPS
 
+__all__ = ["LinearAttentionCache", "register", "use_linear_attention"]
+
 # What models hand to their attention beyond queries, keys and values that changes its result, and has no linear form.
-_FOREIGN = ("sliding_window", "softcap", "s_aux", "position_bias")
+_FOREIGN = {
+    "sliding_window": "set config.sliding_window = None, or ",
+    "softcap": "set config.attn_logit_softcapping = None, or ",
+    "s_aux": "",
+    "sinks": "",
+    "position_bias": "",
+    "head_mask": "",
+    "indices": "",
+    "block_indices": "",
+    "output_attentions": "",
+}
 
 
 def register(name: str = "fastnlp_linear", feature_map: str | None = "elu+1") -> None:
@@ -32,8 +50,13 @@ def register(name: str = "fastnlp_linear", feature_map: str | None = "elu+1") ->
     out_t = sum_j phi(q_t) . phi(k_j) v_j / sum_j phi(q_t) . phi(k_j)
 
     Encoders and cross-attention read all keys, decoders the past ones. Key heads are not repeated. Padding in any
-    place counts for nothing, as in the model's ``attention_mask``. Decoding with transformers' own caches is right, and
-    reads all past keys at each token; with :class:`LinearAttentionCache` a token takes constant time and memory.
+    place counts for nothing, as in the model's ``attention_mask``. Texts packed in a row do not see each other: those
+    of ``DataCollatorWithFlattening``, told by ``cu_seq_lens_q``, or by ``position_ids`` that start anew where
+    transformers looks at them (in decoders; encoders need ``return_flash_attn_kwargs=True``). Decoding with
+    transformers' own caches is right, and reads all past keys at each token; with :class:`LinearAttentionCache` a token
+    takes constant time and memory. A model keeps the name in its config: ``from_pretrained`` of what it saved takes
+    linear attention again, and fails where ``register`` was not called before. A model of several parts takes a
+    dictionary: ``attn_implementation={"text_config": "fastnlp_linear"}``.
 
     Args:
         name (str): what ``attn_implementation`` says. Several maps may be registered under several names.
@@ -43,111 +66,43 @@ def register(name: str = "fastnlp_linear", feature_map: str | None = "elu+1") ->
         None.
 
     Raises:
-        ValueError: for a feature map that there is none of. The models raise it for masks and options that linear
-            attention has no form for: sliding windows, soft caps, attention sinks, biases of positions, masks of
-            [query, key], several texts packed in a row, and caches of a fixed length.
+        ValueError: for a feature map that there is none of. Models that compute their attention by themselves raise it
+            where they are given the name, others at the call for what linear attention has no form for: attention
+            dropout in training, sliding windows, soft caps, attention sinks, biases of positions, masks of
+            [query, key], caches of a fixed length, and attention weights as output.
 
     Preconditions:
-        Attention dropout of a config is not applied: there are no weights to drop. ``scaling`` cancels in the
-        normalised result. Under torch.compile masks of [query, key], and with them texts packed in a row, are not seen.
+        ``scaling`` cancels in the normalised result. Under torch.compile ``position_ids`` that start anew are an error
+        of the device (an assertion); ``cu_seq_lens_q`` is taken.
     """
     if feature_map is not None and feature_map not in FEATURE_MAPS:
         raise ValueError(f"feature_map must be {', '.join(FEATURE_MAPS)} or None, got {feature_map}")
     AttentionInterface.register(name, _attention_with(feature_map))
-    AttentionMaskInterface.register(name, _mask)
+    AttentionMaskInterface.register(name, key_mask)
+    NAMES.add(name)
+    guard_models()
 
 
-class LinearAttentionCache(Cache):
-    """What a causal model remembers of a text with linear attention: sums for each layer, whatever the text's length.
+def use_linear_attention(model: PreTrainedModel, name: str = "fastnlp_linear") -> None:
+    """Gives a model that was built or loaded already linear attention, or says why it cannot have it.
 
-    For ``past_key_values`` of a model's ``forward`` and ``generate``; one for each text or batch, or ``reset()``
-    between them. Beam search and ``generate`` after ``generate`` work; going back (``crop``) does not.
+    Args:
+        model (PreTrainedModel): the model, which is changed in place.
+        name (str): a name that :func:`register` made.
 
     Returns:
-        ``cache.layers[i].state``: the :class:`fastnlp_ops.LinearAttentionState` of layer i.
+        None.
 
     Raises:
-        RuntimeError: where the model's attention is not the one that :func:`register` made.
-        NotImplementedError: for ``crop``.
+        ValueError: for a name that was not registered, and a model of which a part computes its attention by itself or
+            has none; the model is as before then.
     """
-
-    def __init__(self) -> None:
-        super().__init__(layer_class_to_replicate=_Layer)
-
-
-class _Layer(CacheLayerMixin):
-    """One layer's state. Keys and values pass through it, and tell the attention function whose they are."""
-
-    supports_early_init = False
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.reset()
-
-    def reset(self) -> None:
-        self.state: LinearAttentionState | None = None
-        self.length = 0
-        self.waiting = False  # for the attention function to take the keys of the last update in
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """The first keys make the state."""
-
-    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        if self.waiting:
-            sentence = (
-                "LinearAttentionCache needs a model whose attn_implementation register() made: its keys were lost"
-            )
-            raise RuntimeError(sentence)
-        self.waiting = True
-        self.length += key_states.shape[-2]
-        key_states.fastnlp_layer = self  # type: ignore[attr-defined]
-        return key_states, value_states
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, feature_map: str | None) -> Tensor:
-        """Causal attention to all that the state holds and to k, v [B, T, Hkv, D], which it takes in."""
-        self.waiting = False
-        recorded = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-        if q.shape[1] == 1 and mask is None and self.state is not None and not recorded:
-            out = linear_attention_step(q[:, 0], k[:, 0], v[:, 0], self.state, feature_map=feature_map)
-            return out[:, None]
-        out, self.state = linear_attention(
-            q,
-            k,
-            v,
-            feature_map=feature_map,
-            causal=True,
-            key_padding_mask=mask,
-            initial_state=self.state,
-            return_state=True,
-        )
-        return out
-
-    def get_seq_length(self) -> int:
-        return self.length
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return query_length, self.length  # only the new keys: padding among the old ones is not in the state
-
-    def get_max_length(self) -> int:
-        return -1
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        self.batch_select_indices(beam_idx)
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        self._over_sequences(lambda x: x[indices.to(x.device)])
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        self._over_sequences(lambda x: x.repeat_interleave(repeats, 0))
-
-    def crop(self, tokens_to_remove: int) -> None:
-        if tokens_to_remove:
-            raise NotImplementedError("LinearAttentionCache cannot go back: a sum does not tell its terms")
-
-    def _over_sequences(self, change: Callable[[Tensor], Tensor]) -> None:
-        if self.state is not None:
-            kv, key_sum, key_max = self.state
-            self.state = LinearAttentionState(change(kv), change(key_sum), None if key_max is None else change(key_max))
+    if name not in NAMES:
+        raise ValueError(f"{name} is not a name of linear attention: call register({name!r}) before")
+    check_model(model)
+    if not has_attention(model):
+        raise ValueError(f"{type(model).__name__} has no attention that could become linear attention")
+    model.set_attn_implementation(name)
 
 
 def _attention_with(feature_map: str | None) -> Callable[..., tuple[Tensor, None]]:
@@ -156,57 +111,105 @@ def _attention_with(feature_map: str | None) -> Callable[..., tuple[Tensor, None
         query: Tensor,  # [B, H, Tq, D], keys and values [B, Hkv, Tk, D]
         key: Tensor,
         value: Tensor,
-        attention_mask: Tensor | None,
+        attention_mask: KeyMask | Tensor | None = None,
         is_causal: bool | None = None,
+        dropout: float = 0.0,
+        position_ids: Tensor | None = None,
+        cu_seq_lens_q: Tensor | None = None,
+        cu_seq_lens_k: Tensor | None = None,
         **options: Any,
     ) -> tuple[Tensor, None]:
         """Output [B, Tq, H, D], and no weights."""
-        for name in _FOREIGN:
-            if options.get(name) is not None:
-                raise ValueError(f"{name} has no form in linear attention: take another attn_implementation")
-        if attention_mask is not None and attention_mask.dim() != 2:
-            shape = tuple(attention_mask.shape)
-            raise ValueError(f"attention_mask must be [B, Tk] for linear attention, got shape {shape}")
+        layer = take_layer(key)
+        _check_options(module, dropout, options)
+        causal, mask, offsets = _read_mask(module, attention_mask, is_causal)
         q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-        causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-        causal = causal and getattr(getattr(module, "config", None), "is_causal", True)
-        layer = getattr(key, "fastnlp_layer", None)
+        past = k.shape[1] - q.shape[1] if causal else 0
+        if layer is not None:
+            past = layer.length
+        if cu_seq_lens_q is not None:
+            offsets = cu_seq_lens_q
+        elif offsets is None and mask is None and causal and past == 0 and position_ids is not None:
+            offsets = text_offsets(position_ids, *q.shape[:2])
+        if offsets is not None:
+            if layer is not None or past > 0:
+                raise ValueError("texts packed in a row have no cache to be continued from: pass use_cache=False")
+            return _packed(q, k, v, feature_map, causal, mask, offsets, cu_seq_lens_k), None
         if layer is not None:
             if not causal:
-                raise ValueError("LinearAttentionCache is for causal attention alone")
-            return layer.attend(q, k, v, attention_mask, feature_map), None
-        past, state = k.shape[1] - q.shape[1] if causal else 0, None
+                raise ValueError(
+                    "LinearAttentionCache is for causal attention alone: give an encoder-decoder model "
+                    "EncoderDecoderCache(LinearAttentionCache(), DynamicCache())"
+                )
+            return layer.attend(q, k, v, mask, feature_map), None
+        state = None
         if past > 0:  # from one of transformers' caches, which hold all keys
-            mask = None if attention_mask is None else attention_mask[:, :past]
             _, state = linear_attention(
-                q[:, :0], k[:, :past], v[:, :past], feature_map=feature_map, key_padding_mask=mask, return_state=True
+                q[:, :0],
+                k[:, :past],
+                v[:, :past],
+                feature_map=feature_map,
+                key_padding_mask=None if mask is None else mask[:, :past],
+                return_state=True,
             )
             k, v = k[:, past:], v[:, past:]
-            attention_mask = None if attention_mask is None else attention_mask[:, past:]
+            mask = None if mask is None else mask[:, past:]
         out: Any = linear_attention(
-            q, k, v, feature_map=feature_map, causal=causal, key_padding_mask=attention_mask, initial_state=state
+            q, k, v, feature_map=feature_map, causal=causal, key_padding_mask=mask, initial_state=state
         )
         return out, None
 
     return attention
 
 
-def _mask(
-    q_length: int,
-    kv_length: int,
-    q_offset: int | Tensor = 0,
-    mask_function: Callable[..., Any] = causal_mask_function,
-    attention_mask: Tensor | None = None,
-    **_: Any,
-) -> Tensor | None:
-    """What the attention function gets as its mask: [B, Tk], True for keys that count, or None."""
-    # Traced, transformers cannot know whether a row holds several texts, and always says that it may.
-    if not torch.compiler.is_compiling() and mask_function not in (causal_mask_function, bidirectional_mask_function):
-        raise ValueError("masks of [query, key] (windows, packed texts) have no form in linear attention")
-    if mask_function is causal_mask_function and (isinstance(q_offset, Tensor) or kv_length > q_offset + q_length):
-        raise ValueError("caches of a fixed length are not for linear attention: take LinearAttentionCache")
-    if attention_mask is None:
-        return None
-    mask = attention_mask[:, -kv_length:].bool()
-    # None where all keys count: a step over a state takes no mask. One look at the values for all layers.
-    return None if not torch.compiler.is_compiling() and mask.all() else mask
+def _check_options(module: nn.Module, dropout: float, options: dict[str, Any]) -> None:
+    """Raises for what would change the result of softmax attention, and cannot that of linear attention."""
+    for name, remedy in _FOREIGN.items():
+        if options.get(name) is not None and options[name] is not False:
+            raise ValueError(f"{name} has no form in linear attention: {remedy}take another attn_implementation")
+    if dropout:
+        config = getattr(module, "config", None)
+        names = [name for name in vars(config) if "att" in name and "drop" in name] if config is not None else []
+        raise ValueError(
+            f"attention dropout must be 0 in training, got {dropout}, for linear attention has no weights to drop: "
+            f"load the model with {names[0] if names else 'attention_dropout'}=0.0"
+        )
+
+
+def _read_mask(
+    module: nn.Module, mask: KeyMask | Tensor | None, is_causal: bool | None
+) -> tuple[bool, Tensor | None, Tensor | None]:
+    """Whether attention is causal, which keys count, and where packed texts begin."""
+    if isinstance(mask, KeyMask):
+        return mask.causal, mask.padding, mask.offsets
+    if mask is not None and (mask.dim() != 2 or mask.is_floating_point()):
+        form = f"{mask.dtype} of shape {tuple(mask.shape)}"
+        raise ValueError(
+            f"attention_mask must be [B, Tk] of bool or integers for linear attention, got {form}: masks of "
+            "[query, key] have no form in it, take another attn_implementation"
+        )
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    causal = causal and getattr(getattr(module, "config", None), "is_causal", True)
+    return causal, None if mask is None else mask.bool(), None
+
+
+def _packed(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    feature_map: str | None,
+    causal: bool,
+    mask: Tensor | None,
+    offsets: Tensor,
+    offsets_k: Tensor | None,
+) -> Tensor:
+    """Texts in a row, each for itself: they are one row for the op, however many the model has."""
+    if mask is not None:
+        raise ValueError("attention_mask must be None or 1 everywhere where texts are packed in a row")
+    if q.shape[:2] != k.shape[:2]:
+        raise ValueError("texts packed in a row are for self-attention, and not for attention to an encoder's states")
+    rows = (x.reshape(1, -1, *x.shape[2:]) for x in (q, k, v))
+    out: Any = linear_attention(
+        *rows, feature_map=feature_map, causal=causal, cu_seqlens_q=offsets, cu_seqlens_k=offsets_k
+    )
+    return out.reshape(*q.shape[:2], *out.shape[2:])
