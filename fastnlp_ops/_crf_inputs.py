@@ -3,8 +3,9 @@
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from fastnlp_ops import _host
 from fastnlp_ops._ops.crf import EagerLogLikelihood
 
 
@@ -22,6 +23,7 @@ def _check(
 ) -> None:
     """Raises what every function of this file promises to raise. Reads shapes and dtypes, never values."""
     packed = cu_seqlens is not None
+    check_dense("emissions", emissions)
     if emissions.dim() != (2 if packed else 3):
         raise ValueError(f"emissions must be {'[total, N]' if packed else '[B, T, N]'}, got {shape_of(emissions)}")
     if emissions.dtype not in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
@@ -38,11 +40,13 @@ def _check(
     if not square:
         kinds = "[N, N]" if packed else "[N, N] or [B, T-1, N, N]"
         raise ValueError(f"transitions must be {kinds} with N = {N}, got {shape_of(transitions)}")
+    check_dense("transitions", transitions)
     scores = [("transitions", transitions)]
     for name, boundary in (("start_transitions", start_transitions), ("end_transitions", end_transitions)):
         if boundary is not None:
             if boundary.shape != (N,):
                 raise ValueError(f"{name} must be [N] with N = {N}, got {shape_of(boundary)}")
+            check_dense(name, boundary)
             scores.append((name, boundary))
     for name, score in scores:
         if not score.is_floating_point():
@@ -52,10 +56,9 @@ def _check(
     if mask is not None:
         if packed:
             raise ValueError("mask must be None where cu_seqlens is given")
-        _check_like_steps("mask", mask, emissions)
-        if mask.is_complex():
-            raise TypeError(f"mask must be bool, integer or floating point, got {mask.dtype}")
+        check_mask(mask, emissions)
     if cu_seqlens is not None:
+        check_dense("cu_seqlens", cu_seqlens)
         if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] == 0:
             raise ValueError(f"cu_seqlens must be [B + 1], got {shape_of(cu_seqlens)}")
         if cu_seqlens.dtype not in (torch.int32, torch.int64):
@@ -66,7 +69,20 @@ def _check(
             )
 
 
+def check_dense(name: str, tensor: Tensor) -> None:
+    if tensor.layout != torch.strided or tensor.is_nested:
+        kind = "nested" if tensor.is_nested else str(tensor.layout)
+        raise TypeError(f"{name} must be a dense tensor, got {kind}")
+
+
+def check_mask(mask: Tensor, emissions: Tensor) -> None:
+    _check_like_steps("mask", mask, emissions)
+    if mask.is_complex():
+        raise TypeError(f"mask must be bool, integer or floating point, got {mask.dtype}")
+
+
 def _check_like_steps(name: str, tensor: Tensor, emissions: Tensor) -> None:
+    check_dense(name, tensor)
     if tensor.shape != emissions.shape[:-1]:
         steps = "[total]" if emissions.dim() == 2 else "[B, T]"
         raise ValueError(f"{name} must be {steps} = {tuple(emissions.shape[:-1])}, got {shape_of(tensor)}")
@@ -92,11 +108,15 @@ def kernel_inputs(
     if not torch.jit.is_scripting():
         _check(emissions, transitions, start_transitions, end_transitions, mask, cu_seqlens)
     double = emissions.dtype == torch.float64 or transitions.dtype == torch.float64
+    if start_transitions is not None:
+        double = double or start_transitions.dtype == torch.float64
+    if end_transitions is not None:
+        double = double or end_transitions.dtype == torch.float64
     if double:
         emissions = emissions.to(torch.float64)
     dtype = torch.float64 if double else torch.float32
-    if emissions.stride(-1) != 1:
-        emissions = emissions.contiguous()
+    if emissions.stride(-1) != 1:  # contiguous() would return an empty tensor as it is
+        emissions = emissions.clone(memory_format=torch.contiguous_format)
     transitions = transitions.to(dtype)
     if start_transitions is not None:
         start_transitions = start_transitions.to(dtype).contiguous()
@@ -120,15 +140,18 @@ def _is_taken(
     """Whether `kernel_inputs` has nothing to convert. Shapes the ops check themselves."""
     score = torch.float64 if emissions.dtype is torch.float64 else torch.float32
     device = emissions.device
-    return (
-        emissions.stride(-1) == 1
-        and transitions.dtype is score
-        and transitions.device == device
-        and (start_transitions is None or _is_dense(start_transitions, score, device))
-        and (end_transitions is None or _is_dense(end_transitions, score, device))
-        and (mask is None or _is_dense(mask, torch.bool, device))
-        and (cu_seqlens is None or _is_dense(cu_seqlens, torch.int64, device))
-    )
+    try:
+        return (
+            emissions.stride(-1) == 1
+            and transitions.dtype is score
+            and transitions.device == device
+            and (start_transitions is None or _is_dense(start_transitions, score, device))
+            and (end_transitions is None or _is_dense(end_transitions, score, device))
+            and (mask is None or _is_dense(mask, torch.bool, device))
+            and (cu_seqlens is None or _is_dense(cu_seqlens, torch.int64, device))
+        )
+    except (IndexError, RuntimeError):  # no dimensions, no strides
+        return False
 
 
 def _is_dense(x: Tensor, dtype: torch.dtype, device: torch.device) -> bool:
@@ -148,6 +171,60 @@ def needs_grad(emissions: Tensor, transitions: Tensor, start: Tensor | None, end
 
 def _is_traced() -> bool:
     return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+
+
+def is_concrete(tensor: Tensor) -> bool:
+    """Whether a tensor has values of its own: not one that a compiler, tracer, transform or memory estimator runs."""
+    return (
+        not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
+        and type(tensor) in (Tensor, nn.Parameter)
+        and not tensor.is_meta
+        and torch._C._len_torch_dispatch_stack() == 0
+        and not torch._C._are_functorch_transforms_active()
+    )
+
+
+def check_parameters(module: nn.Module) -> bool:
+    """Raises where a parameter is NaN; False where that cannot be seen yet. Waits for the device."""
+    for name, parameter in module.named_parameters():
+        if not is_concrete(parameter) or (parameter.is_cuda and torch.cuda.is_current_stream_capturing()):
+            return False
+        if bool(parameter.isnan().any()):
+            raise ValueError(
+                f"{name} of {type(module).__name__} must be initialised, got NaN: call reset_parameters(), in a "
+                "transformers model from _init_weights(module), or load a checkpoint from before training diverged"
+            )
+    return True
+
+
+def check_ignore_index(ignore_index: Any) -> None:
+    if ignore_index is not None and type(ignore_index) is not int:
+        raise TypeError(f"ignore_index must be an int or None, got {ignore_index!r}")
+
+
+def steps_with_tags(emissions: Tensor, tags: Tensor, mask: Tensor | None, ignore_index: int) -> Tensor:
+    """The steps that the mask lets through and whose tag is not `ignore_index`."""
+    if not torch.jit.is_scripting():
+        check_tags(tags, emissions)
+        if mask is not None:
+            check_mask(mask, emissions)
+    on = tags != ignore_index
+    return on if mask is None else on & (mask != 0)
+
+
+def mean_over_steps(total: Tensor, tags: Tensor, mask: Tensor | None) -> Tensor:
+    """The mean of no steps is 0."""
+    if mask is None:
+        return total / max(tags.numel(), 1)
+    return total / (mask if mask.dtype == torch.bool else mask != 0).sum().clamp(min=1)
+
+
+def tag_lists(paths: Tensor) -> list[list[int]]:
+    """Every path as a list, without its -1."""
+    if torch.compiler.is_exporting() or torch.jit.is_tracing() or type(paths) is not Tensor:
+        raise RuntimeError("decode returns Python lists, which no graph holds: export or trace viterbi instead")
+    return _host.paths_to_lists(paths.cpu().numpy())
 
 
 # The two calls of the module, with positional arguments only: TorchScript knows no others with defaults. Arguments that
@@ -190,7 +267,7 @@ def _log_likelihood(given: Any, tags: Tensor, summed: bool, check_start: bool) -
         if save and not _is_traced():
             return EagerLogLikelihood.apply(summed, check_start, emissions, tags, *others)
         value, _ = torch.ops.fastnlp_ops.crf_log_likelihood(emissions, tags, *others, save, check_start)
-    except ValueError:
+    except (ValueError, RuntimeError):
         if taken:
             _check(*given)
             check_tags(tags, emissions)
@@ -229,7 +306,7 @@ def _viterbi(given: Any, n_best: int, check_start: bool) -> tuple[Tensor, Tensor
         if n_best == 1:
             return torch.ops.fastnlp_ops.crf_viterbi(*arguments, check_start)
         return torch.ops.fastnlp_ops.crf_viterbi_n_best(*arguments, n_best)
-    except ValueError:
+    except (ValueError, RuntimeError):
         if taken:
             _check(*given)
         raise

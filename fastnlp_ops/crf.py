@@ -17,7 +17,7 @@ with log Z = log sum_y exp score(y). What the functions below share:
 import torch
 from torch import Tensor
 
-from fastnlp_ops._crf_inputs import kernel_inputs, log_likelihood, needs_grad, shape_of, viterbi
+from fastnlp_ops._crf_inputs import check_dense, kernel_inputs, log_likelihood, needs_grad, shape_of, viterbi
 
 
 def crf_log_partition(
@@ -363,6 +363,8 @@ def crf_partial_log_likelihood(
         Tsuboi, Kashima, Mori, Oda, Matsumoto: Training Conditional Random Fields Using Incomplete Annotations. COLING
         2008, equation (3).
     """
+    check_dense("emissions", emissions)
+    check_dense("allowed_tags", allowed_tags)
     if allowed_tags.shape != emissions.shape:
         raise ValueError(f"allowed_tags must be {tuple(emissions.shape)} as emissions, got {shape_of(allowed_tags)}")
     if allowed_tags.device != emissions.device:

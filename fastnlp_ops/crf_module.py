@@ -6,11 +6,19 @@ from typing import Any, List  # noqa: UP035  (TorchScript reads List and Optiona
 import torch
 from torch import Tensor, nn
 
-from fastnlp_ops import _host
-from fastnlp_ops._crf_inputs import log_likelihood, viterbi
+from fastnlp_ops._crf_constraints import Constraints, Forbidden, check_paths
+from fastnlp_ops._crf_inputs import (
+    check_ignore_index,
+    check_parameters,
+    is_concrete,
+    log_likelihood,
+    mean_over_steps,
+    steps_with_tags,
+    tag_lists,
+    viterbi,
+)
 from fastnlp_ops.crf import crf_marginals
 from fastnlp_ops.crf_state_dict import convert_crf_state_dict
-from fastnlp_ops.tag_schemes import transition_mask
 
 
 class CRF(nn.Module):
@@ -28,23 +36,35 @@ class CRF(nn.Module):
         >>> torch.allclose(crf(e, tags), fastnlp_ops.crf_log_likelihood(e, tags, *arguments).sum())
         True
 
+    Inside a ``transformers.PreTrainedModel``, ``_init_weights(self, module)`` of the model class must call
+    ``module.reset_parameters()`` where ``isinstance(module, CRF)``: ``from_pretrained`` leaves uninitialised memory in
+    the parameters that a checkpoint lacks. Constraints come from the labels and survive every way of loading.
+
     Args:
         num_tags (int): number of tags N, at least 1.
         batch_first (bool): emissions are [B, T, N], not [T, B, N]; tags and mask likewise.
-        labels (Sequence[str]): the label of each tag. Where given, transitions that the scheme forbids have
-            probability 0, in the loss and in decoding.
+        labels (Sequence[str] or Mapping): the label of each tag, also as ``config.id2label``. Where given, transitions
+            that the scheme forbids have probability 0.
         scheme (str): how the labels spell spans, see :func:`transition_mask`; "BIO" where labels are given.
+        constrain (str): "both": the loss and decoding obey the scheme; a gold path that breaks it has log-likelihood
+            -inf, and :meth:`check_tags` names it. "decode": decoding alone obeys it; the loss and the marginals are
+            those of a CRF without labels, for windows that begin inside a span.
+        ignore_index (int): steps with this tag are not part of the sequence, wherever they are, as -100 in the labels
+            of transformers; a mask takes out further steps. A sequence without steps adds 0, and the first step may be
+            masked in every method. None: as torchcrf, which asks for a mask that is on at every first step.
 
     Returns:
-        ``crf(emissions, tags, mask=None, reduction="sum")``: log-likelihood, a scalar in float32 (float64 for float64
-        emissions), or Tensor[B] with reduction "none". "mean" is over sequences, "token_mean" over valid steps.
+        ``crf(emissions, tags, mask=None, reduction="sum")``: log-likelihood, a scalar in float32, or float64 where an
+        input is; Tensor[B] with reduction "none". "mean" is over sequences, "token_mean" over valid steps.
 
     Raises:
         ValueError: for shapes that do not fit, in the words and the order of torchcrf; on CPU also where the first step
-            of a sequence is masked, and for a tag outside [0, N) at a valid step.
+            of a sequence is masked, and for a tag outside [0, N) at a valid step; at the first call in training for
+            parameters that are NaN.
 
     Preconditions:
-        On CUDA neither the mask nor tags are read by the checks. A masked first step is skipped, like any other.
+        On CUDA and in compiled code neither the mask nor tags are read by the checks. A masked first step is skipped,
+        like any other. The first call in training reads the parameters, and waits for the device that they are on.
 
     Precision:
         As :func:`crf_log_likelihood` and :func:`crf_viterbi`.
@@ -53,38 +73,41 @@ class CRF(nn.Module):
         Lafferty, McCallum, Pereira: Conditional Random Fields. ICML 2001, section 3.
     """
 
-    _forbidden: Tensor | None
-    _forbidden_starts: Tensor | None
-    _forbidden_ends: Tensor | None
+    ignore_index: int | None
+    _forbidden: Forbidden | None
 
     def __init__(
         self,
         num_tags: int,
         batch_first: bool = False,
         *,
-        labels: Sequence[str] | None = None,
+        labels: Sequence[str] | Mapping[Any, str] | None = None,
         scheme: str | None = None,
+        constrain: str = "both",
+        ignore_index: int | None = None,
     ) -> None:
         if num_tags <= 0:
             raise ValueError(f"invalid number of tags: {num_tags}")
-        if labels is None and scheme is not None:
-            raise ValueError("labels must be given where scheme is")
-        if labels is not None and len(labels) != num_tags:
-            raise ValueError(f"labels must name {num_tags} tags, got {len(labels)}")
+        if constrain not in ("both", "decode"):
+            raise ValueError(f"constrain must be both or decode, got {constrain!r}")
+        if labels is None and (scheme is not None or constrain != "both"):
+            raise ValueError(f"labels must be given where {'constrain' if scheme is None else 'scheme'} is")
+        check_ignore_index(ignore_index)
+        constraints = None if labels is None else Constraints(labels, scheme or "BIO")
+        if constraints is not None and len(constraints.labels) != num_tags:
+            raise ValueError(f"labels must name {num_tags} tags, got {len(constraints.labels)}")
         super().__init__()
         self.num_tags = num_tags
         self.batch_first = batch_first
+        self.ignore_index = ignore_index
         self.start_transitions = nn.Parameter(torch.empty(num_tags))
         self.end_transitions = nn.Parameter(torch.empty(num_tags))
         self.transitions = nn.Parameter(torch.empty(num_tags, num_tags))
-        # Not in the state dict: a checkpoint of torchcrf has no such entries.
-        self.register_buffer("_forbidden", None, persistent=False)
-        self.register_buffer("_forbidden_starts", None, persistent=False)
-        self.register_buffer("_forbidden_ends", None, persistent=False)
-        self._constrained = labels is not None  # a buffer takes longer to look up
-        if labels is not None:
-            allowed, starts, ends = transition_mask(labels, scheme or "BIO")
-            self._forbidden, self._forbidden_starts, self._forbidden_ends = ~allowed, ~starts, ~ends
+        self._constraints: Any = constraints
+        self._constrained = labels is not None
+        self._constrained_loss = self._constrained and constrain == "both"
+        self._forbidden = None  # for TorchScript
+        self._seen = False  # whether check_parameters has found them good
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -98,6 +121,12 @@ class CRF(nn.Module):
 
     def forward(self, emissions: Tensor, tags: Tensor, mask: Tensor | None = None, reduction: str = "sum") -> Tensor:
         """Log-likelihood of the tags under the model."""
+        if not torch.jit.is_scripting() and self.training and not torch.compiler.is_compiling() and not self._seen:
+            self._seen = check_parameters(self)
+        ignore_index = self.ignore_index
+        if ignore_index is not None:
+            self._validate(emissions, tags, mask)
+            mask = steps_with_tags(emissions, tags, mask, ignore_index)
         known = reduction in ("none", "sum", "mean", "token_mean")
         if torch.jit.is_scripting() or not known:
             self._validate(emissions, tags, mask)
@@ -107,21 +136,23 @@ class CRF(nn.Module):
         else:
             result = self._checked(self._log_likelihood, emissions, tags, mask, reduction)
         if reduction == "mean":
-            return result / emissions.size(0 if self.batch_first else 1)
+            return result / max(emissions.size(0 if self.batch_first else 1), 1)
         if reduction == "token_mean":
-            return result / tags.numel() if mask is None else result / (mask != 0).sum()
+            return mean_over_steps(result, tags, mask)
         return result
 
     def _log_likelihood(self, emissions: Tensor, tags: Tensor, mask: Tensor | None, reduction: str) -> Tensor:
-        transitions, start, end = self._scores()
+        transitions, start, end = self._scores(self._constrained_loss)
         if not self.batch_first:
             emissions, mask = self._batch_first(emissions, mask)
             tags = tags.transpose(0, 1).contiguous()
-        return log_likelihood(emissions, tags, transitions, start, end, mask, None, reduction != "none", True)
+        return log_likelihood(
+            emissions, tags, transitions, start, end, mask, None, reduction != "none", self.ignore_index is None
+        )
 
     @torch.jit.export
     def decode(self, emissions: Tensor, mask: Tensor | None = None) -> List[List[int]]:  # noqa: UP006
-        """The best tags of every sequence, as lists of their own lengths."""
+        """The best tags of every sequence, as lists of their own lengths. Export and trace :meth:`viterbi` instead."""
         paths, _ = self._best(emissions, mask)
         if torch.jit.is_scripting():
             best: List[List[int]] = []  # noqa: UP006
@@ -129,7 +160,7 @@ class CRF(nn.Module):
                 tags: List[int] = path[path >= 0].tolist()  # noqa: UP006
                 best.append(tags)
             return best
-        return _host.paths_to_lists(paths.cpu().numpy())
+        return tag_lists(paths)
 
     def _best(self, emissions: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         if torch.jit.is_scripting():
@@ -139,32 +170,46 @@ class CRF(nn.Module):
             return self._checked(self._decode, emissions, None, mask)
 
     def _decode(self, emissions: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        transitions, start, end = self._scores()
+        transitions, start, end = self._scores(self._constrained)
         e, m = self._batch_first(emissions, mask)
-        return viterbi(e, transitions, start, end, m, None, 1, True)
+        return viterbi(e, transitions, start, end, m, None, 1, self.ignore_index is None)
 
     def _checked(self, function: Callable[..., Any], emissions: Tensor, tags: Tensor | None, *others: Any) -> Any:
         """Its result. An error is worded as in torchcrf, where that has one; looked for only after an error."""
         try:
             return function(emissions, *others) if tags is None else function(emissions, tags, *others)
-        except (ValueError, IndexError):
+        except (ValueError, IndexError, RuntimeError):
             self._validate(emissions, tags, others[0])
             raise
 
     @torch.jit.unused
-    def viterbi(self, emissions: Tensor, mask: Tensor | None = None, n_best: int = 1) -> tuple[Tensor, Tensor]:
-        """Paths and scores as tensors on the device of the emissions, batch first; see :func:`crf_viterbi`."""
+    def viterbi(
+        self, emissions: Tensor, mask: Tensor | None = None, n_best: int = 1, *, padding_value: int = -1
+    ) -> tuple[Tensor, Tensor]:
+        """Paths and scores as tensors on the device of the emissions, batch first; see :func:`crf_viterbi`.
+
+        ``padding_value`` stands at masked steps, and in runners-up that do not exist.
+        """
         self._validate(emissions, None, mask)
         e, m = self._batch_first(emissions, mask)
-        return viterbi(e, *self._scores(), m, None, n_best, False)
+        paths, scores = viterbi(e, *self._scores(self._constrained), m, None, n_best, False)
+        return (paths if padding_value == -1 else paths.masked_fill(paths < 0, padding_value)), scores
 
     @torch.jit.unused
     def marginals(self, emissions: Tensor, mask: Tensor | None = None) -> Tensor:
-        """p(y_t = j) in the layout of the emissions; see :func:`crf_marginals`."""
+        """p(y_t = j) in the layout of the emissions, of the model that the loss trains; see :func:`crf_marginals`."""
         self._validate(emissions, None, mask)
         e, m = self._batch_first(emissions, mask)
-        result = crf_marginals(e, *self._scores(), mask=m)
+        result = crf_marginals(e, *self._scores(self._constrained_loss), mask=m)
         return result if self.batch_first else result.transpose(0, 1)
+
+    @torch.jit.unused
+    def check_tags(self, tags: Tensor, mask: Tensor | None = None) -> None:
+        """Raises ValueError for the first tag that is not in [0, N) or that the scheme forbids where it stands.
+
+        For data sets, before training. Reads the tags, on every device.
+        """
+        check_paths(tags, mask, self.ignore_index, self.batch_first, self.num_tags, self._constraints)
 
     @torch.jit.unused
     def load_peer_state_dict(
@@ -181,17 +226,26 @@ class CRF(nn.Module):
         )
         self.load_state_dict(converted)
 
-    def _scores(self) -> tuple[Tensor, Tensor, Tensor]:
+    def __prepare_scriptable__(self) -> "CRF":
+        """Called by torch.jit.script, which knows tensors but no labels."""
+        if self._constraints is not None:
+            self._forbidden = self._constraints.on(torch.device("cpu"))
+        return self
+
+    def _scores(self, constrained: bool) -> tuple[Tensor, Tensor, Tensor]:
         transitions: Tensor = self.transitions
         start: Tensor = self.start_transitions
         end: Tensor = self.end_transitions
-        if self._constrained:
-            forbidden, forbidden_starts, forbidden_ends = self._forbidden, self._forbidden_starts, self._forbidden_ends
-            # TorchScript asks
-            assert forbidden is not None and forbidden_starts is not None and forbidden_ends is not None
-            transitions = transitions.masked_fill(forbidden, float("-inf"))
-            start = start.masked_fill(forbidden_starts, float("-inf"))
-            end = end.masked_fill(forbidden_ends, float("-inf"))
+        if constrained:
+            if torch.jit.is_scripting():
+                table = self._forbidden
+                assert table is not None  # TorchScript asks
+                forbidden = (table[0].to(start.device), table[1].to(start.device), table[2].to(start.device))
+            else:
+                forbidden = self._constraints.on(start.device)
+            transitions = transitions.masked_fill(forbidden[0], float("-inf"))
+            start = start.masked_fill(forbidden[1], float("-inf"))
+            end = end.masked_fill(forbidden[2], float("-inf"))
         return transitions, start, end
 
     def _batch_first(self, emissions: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -215,8 +269,11 @@ class CRF(nn.Module):
                     "the first two dimensions of emissions and mask must match, "
                     f"got ({emissions.size(0)}, {emissions.size(1)}) and {self._shape(mask)}"
                 )
-            # Reading a CUDA tensor would wait for the device, and tracing has no values to read.
-            if emissions.device.type == "cpu" and mask.numel() > 0 and not torch.compiler.is_compiling():
+            # Reading a CUDA tensor would wait for the device.
+            readable = emissions.device.type == "cpu" and mask.numel() > 0 and self.ignore_index is None
+            if not torch.jit.is_scripting():
+                readable = readable and is_concrete(mask)
+            if readable:
                 first = mask[:, 0] if self.batch_first else mask[0]
                 if not bool(first.all()):
                     raise ValueError("mask of the first timestep must all be on")

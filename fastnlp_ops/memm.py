@@ -5,8 +5,17 @@ from typing import List  # noqa: UP035  (TorchScript reads List in annotations o
 import torch
 from torch import Tensor, nn
 
-from fastnlp_ops import _host
-from fastnlp_ops._crf_inputs import check_tags, kernel_inputs, shape_of
+from fastnlp_ops._crf_inputs import (
+    check_ignore_index,
+    check_parameters,
+    check_tags,
+    is_concrete,
+    kernel_inputs,
+    mean_over_steps,
+    shape_of,
+    steps_with_tags,
+    tag_lists,
+)
 
 
 def memm_log_likelihood(
@@ -118,15 +127,21 @@ class MEMM(nn.Module):
             and the transpose of ``right_transitions`` [N, H].
         bidirectional (bool): tag from both ends and take the mean.
         batch_first (bool): emissions are [B, T, N] instead of [T, B, N], tags and mask likewise.
+        ignore_index (int): steps with this tag do not count, as -100 in the labels of transformers.
 
     Raises:
-        ValueError: num_tags or hidden_dim below 1.
+        ValueError: num_tags or hidden_dim below 1; at the first call in training for parameters that are NaN.
+
+    Preconditions:
+        The first call in training reads the parameters, and waits for the device that they are on. Inside a
+        ``transformers.PreTrainedModel``, ``_init_weights`` must call ``reset_parameters``, as for :class:`CRF`.
 
     References:
         As :func:`memm_log_likelihood`.
     """
 
     __constants__ = ("batch_first", "bidirectional", "num_tags")
+    ignore_index: int | None
 
     def __init__(
         self,
@@ -135,16 +150,20 @@ class MEMM(nn.Module):
         hidden_dim: int | None = None,
         bidirectional: bool = True,
         batch_first: bool = False,
+        ignore_index: int | None = None,
     ) -> None:
         if num_tags < 1:
             raise ValueError(f"num_tags must be at least 1, got {num_tags}")
         if hidden_dim is not None and hidden_dim < 1:
             raise ValueError(f"hidden_dim must be at least 1, got {hidden_dim}")
+        check_ignore_index(ignore_index)
         super().__init__()
         self.num_tags = num_tags
         self.hidden_dim = hidden_dim
         self.bidirectional = bidirectional
         self.batch_first = batch_first
+        self.ignore_index = ignore_index
+        self._seen = False  # whether check_parameters has found them good
         full = hidden_dim is None
         self.transitions = nn.Parameter(torch.empty(num_tags, num_tags)) if full else None
         self.left_transitions = None if full else nn.Parameter(torch.empty(num_tags, hidden_dim or 0))
@@ -164,6 +183,8 @@ class MEMM(nn.Module):
             parts.append("bidirectional=False")
         if self.batch_first:
             parts.append("batch_first=True")
+        if self.ignore_index is not None:
+            parts.append(f"ignore_index={self.ignore_index}")
         return ", ".join(parts)
 
     def transition_matrix(self) -> Tensor:
@@ -197,6 +218,11 @@ class MEMM(nn.Module):
         """
         if reduction not in ("none", "sum", "mean", "token_mean"):
             raise ValueError(f"invalid reduction: {reduction}")
+        if not torch.jit.is_scripting() and self.training and not torch.compiler.is_compiling() and not self._seen:
+            self._seen = check_parameters(self)
+        ignore_index = self.ignore_index
+        if ignore_index is not None:
+            mask = steps_with_tags(emissions, tags, mask, ignore_index)
         e, m = self._batch_first(emissions, mask)
         if not self.batch_first and tags.dim() == 2:
             tags = tags.t()
@@ -206,14 +232,12 @@ class MEMM(nn.Module):
         if reduction == "sum":
             return value.sum()
         if reduction == "mean":
-            return value.mean()
-        if mask is None:
-            return value.sum() / tags.numel()
-        return value.sum() / (mask != 0).sum()
+            return value.sum() / max(value.numel(), 1)
+        return mean_over_steps(value.sum(), tags, mask)
 
     @torch.jit.export
     def decode(self, emissions: Tensor, mask: Tensor | None = None) -> List[List[int]]:  # noqa: UP006
-        """Most likely tag sequences as lists, one tag for each step that counts."""
+        """Most likely tag sequences as lists, one tag for each step that counts. Export and trace :meth:`viterbi`."""
         e, m = self._batch_first(emissions, mask)
         paths, _ = _viterbi(e, self.transition_matrix(), m, self.bidirectional, 1)
         if torch.jit.is_scripting():
@@ -222,13 +246,19 @@ class MEMM(nn.Module):
                 tags: List[int] = path[path >= 0].tolist()  # noqa: UP006
                 best.append(tags)
             return best
-        return _host.paths_to_lists(paths.cpu().numpy())
+        return tag_lists(paths)
 
     @torch.jit.unused
-    def viterbi(self, emissions: Tensor, mask: Tensor | None = None, n_best: int = 1) -> tuple[Tensor, Tensor]:
-        """Paths and log-likelihoods as tensors, batch first, on the emissions' device; see :func:`memm_viterbi`."""
+    def viterbi(
+        self, emissions: Tensor, mask: Tensor | None = None, n_best: int = 1, *, padding_value: int = -1
+    ) -> tuple[Tensor, Tensor]:
+        """Paths and log-likelihoods as tensors, batch first, on the emissions' device; see :func:`memm_viterbi`.
+
+        ``padding_value`` stands at masked steps, and in runners-up that do not exist.
+        """
         e, m = self._batch_first(emissions, mask)
-        return _viterbi(e, self.transition_matrix(), m, self.bidirectional, n_best)
+        paths, scores = _viterbi(e, self.transition_matrix(), m, self.bidirectional, n_best)
+        return (paths if padding_value == -1 else paths.masked_fill(paths < 0, padding_value)), scores
 
     def _batch_first(self, emissions: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
         if emissions.dim() != 3 or emissions.size(2) != self.num_tags:
@@ -293,7 +323,10 @@ def _neighbours(mask: Tensor) -> tuple[Tensor, Tensor]:
 def _normaliser(e: Tensor, matrix: Tensor) -> Tensor:
     """Sum over j of exp((e[..., j] + matrix[i, j]) / 2) in the log domain, [B, T, N] over i."""
     N = e.size(2)
-    if e.device.type == "cpu" and not torch.compiler.is_compiling():
+    readable = e.device.type == "cpu"
+    if not torch.jit.is_scripting():
+        readable = readable and is_concrete(e)
+    if readable:
         # One float64 product. It is right unless a sum is so small that terms of it may have vanished, which asks for
         # scores some 1300 nats apart, or -inf; looking at the sums would make the host wait for a GPU.
         rows, columns = e.double() / 2, matrix.double() / 2

@@ -1,12 +1,15 @@
 """Tag schemes: how the tags of a sequence spell out its spans, for constraints, evaluation and data."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from fastnlp_ops import _host
+
+_Labels = Sequence[str] | Mapping[Any, str]
 
 # The numbers that csrc/python/host.cpp gives to roles and to families of schemes.
 _OUTSIDE, _BEGIN, _INSIDE, _END, _SINGLE = range(5)
@@ -27,7 +30,7 @@ _SCHEMES: dict[str, tuple[int, dict[str, int]]] = {
 }
 
 
-def transition_mask(labels: Sequence[str], scheme: str = "BIO") -> tuple[Tensor, Tensor, Tensor]:
+def transition_mask(labels: _Labels, scheme: str = "BIO") -> tuple[Tensor, Tensor, Tensor]:
     """Which tag may follow which, begin a sequence and end one, in a tag scheme.
 
     A label is a prefix, or a prefix, "-" and a type ("B-PER"; what follows the first "-" is the type). "O" has no type.
@@ -53,7 +56,8 @@ def transition_mask(labels: Sequence[str], scheme: str = "BIO") -> tuple[Tensor,
     only steps of ``allowed``.
 
     Args:
-        labels (Sequence[str]): label of each tag id.
+        labels (Sequence[str] or Mapping): label of each tag id, or a dict from ids to labels, as the ``id2label`` of a
+            transformers config: keys 0 to N - 1 in any order, also as strings.
         scheme (str): "BIO" or "IOB2" (the same), "IOB1", "BIOES" or "BILOU" (the same), "BMES", "BMESO".
 
     Returns:
@@ -61,7 +65,8 @@ def transition_mask(labels: Sequence[str], scheme: str = "BIO") -> tuple[Tensor,
 
     Raises:
         ValueError: unknown scheme, no labels, a label whose prefix the scheme does not have, the same tag twice (in
-            BIOES also as "E-PER" and "L-PER").
+            BIOES also as "E-PER" and "L-PER"), a dict whose keys are not 0 to N - 1.
+        TypeError: labels that are not strings.
 
     References:
         Ramshaw and Marcus, "Text Chunking using Transformation-Based Learning" (1995), arXiv:cmp-lg/9505040: IOB1.
@@ -75,7 +80,7 @@ def transition_mask(labels: Sequence[str], scheme: str = "BIO") -> tuple[Tensor,
 
 
 def tags_to_spans(
-    tags: Tensor | Sequence[int], labels: Sequence[str], scheme: str = "BIO", mask: Tensor | None = None
+    tags: Tensor | Sequence[int], labels: _Labels, scheme: str = "BIO", mask: Tensor | None = None
 ) -> Tensor | list[Tensor]:
     """Spans that a sequence of tags spells out.
 
@@ -88,7 +93,7 @@ def tags_to_spans(
 
     Args:
         tags (Tensor[T], Tensor[B, T] or list of int): tag ids, as the decoders of this package return them.
-        labels (Sequence[str]): label of each tag id, see :func:`transition_mask`.
+        labels (Sequence[str] or Mapping): label of each tag id, see :func:`transition_mask`.
         scheme (str): see :func:`transition_mask`.
         mask (Tensor[T] or Tensor[B, T]): steps that count, any dtype; None: the steps whose tag is not negative. The
             other steps are skipped: a span goes on across them, and its ends are still positions in ``tags``.
@@ -99,7 +104,7 @@ def tags_to_spans(
 
     Raises:
         ValueError: labels or scheme as in :func:`transition_mask`; shapes; a tag that is not in [0, N).
-        TypeError: tags that are not integers.
+        TypeError: tags that are not integers, labels that are not strings.
 
     References:
         Tjong Kim Sang and Buchholz, "Introduction to the CoNLL-2000 Shared Task: Chunking" (2000), W00-0726.
@@ -108,28 +113,24 @@ def tags_to_spans(
     ids = _integers("tags", tags)
     if ids.dim() not in (1, 2):
         raise ValueError(f"tags must be [T] or [B, T], got shape {tuple(ids.shape)}")
-    on = None
-    if mask is not None:
-        if mask.shape != ids.shape:
-            raise ValueError(f"mask must have the shape of tags, got {tuple(mask.shape)} and {tuple(ids.shape)}")
-        on = (mask != 0).cpu().reshape(-1, ids.shape[-1]).numpy()
+    if mask is not None and mask.shape != ids.shape:
+        raise ValueError(f"mask must have the shape of tags, got {tuple(mask.shape)} and {tuple(ids.shape)}")
     batch = ids.shape[0] if ids.dim() == 2 else 1
+    on = None if mask is None else (mask != 0).cpu().reshape(batch, ids.shape[-1]).numpy()
     found = torch.from_numpy(_host.tags_to_spans(ids.reshape(batch, ids.shape[-1]).numpy(), roles, types, on))
     if ids.dim() == 1:
         return found[:, 1:]
     return list(found[:, 1:].split(torch.bincount(found[:, 0], minlength=batch).tolist())) if batch else []
 
 
-def spans_to_tags(
-    spans: Tensor | Sequence[Sequence[int]], length: int, labels: Sequence[str], scheme: str = "BIO"
-) -> Tensor:
+def spans_to_tags(spans: Tensor | Sequence[Sequence[int]], length: int, labels: _Labels, scheme: str = "BIO") -> Tensor:
     """Tags of a sequence of ``length`` steps with the given spans; the inverse of :func:`tags_to_spans`.
 
     Args:
         spans (Tensor[M, 3] or list of triples): start, end (inclusive) and type of each span, in any order; types are
             numbered as in :func:`tags_to_spans`.
         length (int): number of steps.
-        labels (Sequence[str]): label of each tag id, see :func:`transition_mask`.
+        labels (Sequence[str] or Mapping): label of each tag id, see :func:`transition_mask`.
         scheme (str): see :func:`transition_mask`.
 
     Returns:
@@ -138,7 +139,7 @@ def spans_to_tags(
     Raises:
         ValueError: labels or scheme as in :func:`transition_mask`; spans that overlap or leave the sequence; a tag
             that the labels do not have; a step outside of every span where the labels have no O.
-        TypeError: spans that are not integers.
+        TypeError: spans that are not integers, labels that are not strings.
     """
     family, roles, types, names = _parse(labels, scheme)
     if length < 0:
@@ -158,10 +159,34 @@ def spans_to_tags(
     return torch.from_numpy(_host.spans_to_tags(triples.numpy(), length, ids, outside_id, family))
 
 
-def _parse(labels: Sequence[str], scheme: str) -> tuple[int, np.ndarray, np.ndarray, list[str]]:
+def _label_of_each_tag(labels: _Labels) -> tuple[str, ...]:
+    """Labels in the order of their ids."""
+    unordered = isinstance(labels, (str, bytes, set, frozenset))  # characters are no labels, a set has no order
+    if unordered or not isinstance(labels, Iterable):
+        raise TypeError(f"labels must be a sequence or a dict from ids to labels, got {type(labels).__name__}")
+    if isinstance(labels, Mapping):
+        by_id = {_tag_id(key): label for key, label in labels.items()}
+        if len(by_id) != len(labels) or set(by_id) != set(range(len(labels))):
+            keys = ", ".join(map(repr, labels))
+            raise ValueError(f"labels must have the keys 0 to {len(labels) - 1} where they are a dict, got {keys}")
+        labels = [by_id[tag] for tag in range(len(by_id))]
+    names = tuple(labels)
+    for tag, name in enumerate(names):
+        if not isinstance(name, str):
+            raise TypeError(f"labels must be strings, got {name!r} for tag {tag}")
+    return names
+
+
+def _tag_id(key: Any) -> Any:
+    """A key of id2label as an integer: JSON turns it into a string."""
+    return int(key) if isinstance(key, str) and key.isdecimal() else key
+
+
+def _parse(labels: _Labels, scheme: str) -> tuple[int, np.ndarray, np.ndarray, list[str]]:
     """Family of the scheme, role and type id of each label (type -1: O), names of the types."""
     if scheme not in _SCHEMES:
         raise ValueError(f"scheme must be one of {', '.join(_SCHEMES)}, got {scheme!r}")
+    labels = _label_of_each_tag(labels)
     if len(labels) == 0:
         raise ValueError("labels must not be empty")
     family, prefixes = _SCHEMES[scheme]
