@@ -159,6 +159,9 @@ def _is_dense(x: Tensor, dtype: torch.dtype, device: torch.device) -> bool:
 
 
 def needs_grad(emissions: Tensor, transitions: Tensor, start: Tensor | None, end: Tensor | None) -> bool:
+    # A trace is made with gradients and checked without: both must be the same graph.
+    if not torch.jit.is_scripting() and torch.jit.is_tracing():
+        return True
     if not torch.is_grad_enabled():
         return False
     needs = emissions.requires_grad or transitions.requires_grad
@@ -170,7 +173,7 @@ def needs_grad(emissions: Tensor, transitions: Tensor, start: Tensor | None, end
 
 
 def _is_traced() -> bool:
-    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or torch._C._is_tracing()
 
 
 def is_concrete(tensor: Tensor) -> bool:

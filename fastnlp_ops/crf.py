@@ -11,7 +11,7 @@ with log Z = log sum_y exp score(y). What the functions below share:
   stands at a masked step, NaN or a tag of -100, is never read.
 - Transitions are [N, N] as [from, to], or [B, T-1, N, N], one matrix for each step that is entered.
 - -inf is a legal score and forbids what carries it, in values and in gradients, without NaN.
-- Arithmetic is float32 (float64 for float64 emissions), whatever the dtype of the emissions.
+- Arithmetic is float32, or float64 where a floating input is.
 """
 
 import torch
@@ -214,7 +214,7 @@ def crf_viterbi(
         TypeError: for a dtype that is not listed.
 
     Precision:
-        Scores are summed in float32 (float64 for float64 inputs) in the order of pytorch-crf: its paths, also
+        Scores are summed in float32 (float64 where an input is) in the order of pytorch-crf: its paths, also
         on ties. Scores are differentiable: the gradient counts the entries on the path.
 
     References:

@@ -62,7 +62,7 @@ def memm_log_likelihood(
         On CUDA a tag outside of [0, N) is not an error: the sequence's result and gradients are NaN.
 
     Precision:
-        float32 (float64 for float64 emissions) with float64 sums over steps. Bitwise repeatable, with any number of
+        float32 (float64 where an input is) with float64 sums over steps. Bitwise repeatable, with any number of
         threads. Differentiable twice, the second time through the plain PyTorch reference.
 
     References:
@@ -105,7 +105,7 @@ def memm_viterbi(
         TypeError: for a dtype that is not listed.
 
     Precision:
-        float32 (float64 for float64 emissions). Ties go to the lowest tag.
+        float32 (float64 where an input is). Ties go to the lowest tag.
 
     References:
         As :func:`memm_log_likelihood`. The derivation in full: fastnlp_ops/reference/memm.py.

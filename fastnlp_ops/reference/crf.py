@@ -29,7 +29,7 @@ position t, and per-position transitions [B, T-1, N, N] are read at t - 1. Maske
 in value and exactly 0 in gradient, to any order: log Z = -inf gives log-likelihood -inf and no gradient, a forbidden
 gold path gives log-likelihood -inf and the gradient indicator - marginals. An empty sequence has log Z = 0.
 
-Any device. Computes in float64 where emissions or transitions are, else in float32. All but the integer results can be
+Any device. Computes in float64 where a floating input is, else in float32. All but the integer results can be
 differentiated twice.
 
 References:
@@ -88,7 +88,7 @@ def compact(
     cu_seqlens: Tensor | None,
 ) -> Chains:
     """Every accepted layout -> left-aligned chains in the compute type. Differentiable."""
-    double = torch.float64 in (emissions.dtype, transitions.dtype)
+    double = torch.float64 in [x.dtype for x in (emissions, transitions, start, end) if x is not None]
     dtype = torch.float64 if double else torch.float32
     N, device = emissions.shape[-1], emissions.device
     count = math.prod(emissions.shape[:-1])
