@@ -24,6 +24,11 @@ def _check(
     """Raises what every function of this file promises to raise. Reads shapes and dtypes, never values."""
     packed = cu_seqlens is not None
     check_dense("emissions", emissions)
+    check_dense("transitions", transitions)
+    boundaries = (("start_transitions", start_transitions), ("end_transitions", end_transitions))
+    for name, tensor in (*boundaries, ("mask", mask), ("cu_seqlens", cu_seqlens)):
+        if tensor is not None:
+            check_dense(name, tensor)
     if emissions.dim() != (2 if packed else 3):
         raise ValueError(f"emissions must be {'[total, N]' if packed else '[B, T, N]'}, got {shape_of(emissions)}")
     if emissions.dtype not in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
@@ -40,13 +45,11 @@ def _check(
     if not square:
         kinds = "[N, N]" if packed else "[N, N] or [B, T-1, N, N]"
         raise ValueError(f"transitions must be {kinds} with N = {N}, got {shape_of(transitions)}")
-    check_dense("transitions", transitions)
     scores = [("transitions", transitions)]
-    for name, boundary in (("start_transitions", start_transitions), ("end_transitions", end_transitions)):
+    for name, boundary in boundaries:
         if boundary is not None:
             if boundary.shape != (N,):
                 raise ValueError(f"{name} must be [N] with N = {N}, got {shape_of(boundary)}")
-            check_dense(name, boundary)
             scores.append((name, boundary))
     for name, score in scores:
         if not score.is_floating_point():
@@ -58,7 +61,6 @@ def _check(
             raise ValueError("mask must be None where cu_seqlens is given")
         check_mask(mask, emissions)
     if cu_seqlens is not None:
-        check_dense("cu_seqlens", cu_seqlens)
         if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] == 0:
             raise ValueError(f"cu_seqlens must be [B + 1], got {shape_of(cu_seqlens)}")
         if cu_seqlens.dtype not in (torch.int32, torch.int64):
@@ -155,7 +157,7 @@ def _is_taken(
 
 
 def _is_dense(x: Tensor, dtype: torch.dtype, device: torch.device) -> bool:
-    return x.dtype is dtype and x.device == device and x.is_contiguous()
+    return x.dtype is dtype and x.device == device and x.layout is torch.strided and x.is_contiguous()
 
 
 def needs_grad(emissions: Tensor, transitions: Tensor, start: Tensor | None, end: Tensor | None) -> bool:

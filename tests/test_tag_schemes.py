@@ -139,6 +139,10 @@ def test_layouts():
     assert [tags_to_spans(row.tolist(), labels, "BIOES").tolist() for row in tags] == expected
     assert tags_to_spans(tags[:0], labels, "BIOES") == []
     assert [spans.tolist() for spans in tags_to_spans(tags[:, :0], labels, "BIOES")] == [[]] * 4
+    for empty in (tags[:0], tags[:, :0], tags[:0, :0]):  # a mask changes nothing
+        found = tags_to_spans(empty, labels, "BIOES", torch.ones(empty.shape))
+        assert [spans.shape for spans in found] == [(0, 3)] * len(empty)
+    assert tags_to_spans(tags[0, :0], labels, "BIOES", torch.ones(0)).shape == (0, 3)
     assert spans_to_tags([], 3, labels, "BIOES").tolist() == [0, 0, 0]
     assert spans_to_tags([], 0, LABELS["BMES"], "BMES").tolist() == []
     assert spans_to_tags(torch.tensor([[0, 1, 0]], dtype=torch.int32), 2, labels, "BIOES").tolist() == [1, 3]
