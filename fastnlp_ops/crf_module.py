@@ -6,7 +6,7 @@ from typing import Any, List  # noqa: UP035  (TorchScript reads List and Optiona
 import torch
 from torch import Tensor, nn
 
-from fastnlp_ops._crf_constraints import Constraints, Forbidden, check_paths
+from fastnlp_ops._crf_constraints import Forbidden, check_paths, forbidden_by
 from fastnlp_ops._crf_inputs import (
     check_ignore_index,
     check_parameters,
@@ -19,6 +19,7 @@ from fastnlp_ops._crf_inputs import (
 )
 from fastnlp_ops.crf import crf_marginals
 from fastnlp_ops.crf_state_dict import convert_crf_state_dict
+from fastnlp_ops.tag_schemes import _label_of_each_tag, transition_mask
 
 
 class CRF(nn.Module):
@@ -93,9 +94,11 @@ class CRF(nn.Module):
         if labels is None and (scheme is not None or constrain != "both"):
             raise ValueError(f"labels must be given where {'constrain' if scheme is None else 'scheme'} is")
         check_ignore_index(ignore_index)
-        constraints = None if labels is None else Constraints(labels, scheme or "BIO")
-        if constraints is not None and len(constraints.labels) != num_tags:
-            raise ValueError(f"labels must name {num_tags} tags, got {len(constraints.labels)}")
+        names = None if labels is None else _label_of_each_tag(labels)
+        if names is not None:
+            transition_mask(names, scheme or "BIO")  # raises what it has to say of them
+            if len(names) != num_tags:
+                raise ValueError(f"labels must name {num_tags} tags, got {len(names)}")
         super().__init__()
         self.num_tags = num_tags
         self.batch_first = batch_first
@@ -103,7 +106,8 @@ class CRF(nn.Module):
         self.start_transitions = nn.Parameter(torch.empty(num_tags))
         self.end_transitions = nn.Parameter(torch.empty(num_tags))
         self.transitions = nn.Parameter(torch.empty(num_tags, num_tags))
-        self._constraints: Any = constraints
+        self._labels: Any = names
+        self._scheme = scheme or "BIO"
         self._constrained = labels is not None
         self._constrained_loss = self._constrained and constrain == "both"
         self._forbidden = None  # for TorchScript
@@ -209,7 +213,7 @@ class CRF(nn.Module):
 
         For data sets, before training. Reads the tags, on every device.
         """
-        check_paths(tags, mask, self.ignore_index, self.batch_first, self.num_tags, self._constraints)
+        check_paths(tags, mask, self.ignore_index, self.batch_first, self.num_tags, self._labels, self._scheme)
 
     @torch.jit.unused
     def load_peer_state_dict(
@@ -228,8 +232,8 @@ class CRF(nn.Module):
 
     def __prepare_scriptable__(self) -> "CRF":
         """Called by torch.jit.script, which knows tensors but no labels."""
-        if self._constraints is not None:
-            self._forbidden = self._constraints.on(torch.device("cpu"))
+        if self._labels is not None:
+            self._forbidden = forbidden_by(self._labels, self._scheme, torch.device("cpu"))
         return self
 
     def _scores(self, constrained: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -242,7 +246,7 @@ class CRF(nn.Module):
                 assert table is not None  # TorchScript asks
                 forbidden = (table[0].to(start.device), table[1].to(start.device), table[2].to(start.device))
             else:
-                forbidden = self._constraints.on(start.device)
+                forbidden = forbidden_by(self._labels, self._scheme, start.device)
             transitions = transitions.masked_fill(forbidden[0], float("-inf"))
             start = start.masked_fill(forbidden[1], float("-inf"))
             end = end.masked_fill(forbidden[2], float("-inf"))

@@ -11,10 +11,16 @@ from tools import assert_same
 from torch import nn
 
 import fastnlp_ops
-from fastnlp_ops import CRF, MEMM
+from fastnlp_ops import CRF, MEMM, _crf_constraints
 
 LABELS = ["O", "B-PER", "I-PER", "B-LOC", "I-LOC"]
 N = len(LABELS)
+
+
+@pytest.fixture(autouse=True)
+def cold(monkeypatch):
+    """No layer has had its masks made before."""
+    monkeypatch.setattr(_crf_constraints, "_MADE", {})
 
 
 def make():

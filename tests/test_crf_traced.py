@@ -9,7 +9,7 @@ from tools import assert_same
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fastnlp_ops import CRF, MEMM
+from fastnlp_ops import CRF, MEMM, _crf_constraints
 
 LABELS = ("O", "B-PER", "I-PER", "B-LOC", "I-LOC")
 N = len(LABELS)
@@ -31,6 +31,12 @@ CALLS = {
 CASES = [(layer, call) for layer in LAYERS for call in CALLS if (layer, call) != ("MEMM", "marginals")]
 # For what takes a second: every layer, and every call.
 SOME = [(layer, call) for layer, call in CASES if layer == "ignore_index" or call in ("loss", "viterbi")]
+
+
+@pytest.fixture(autouse=True)
+def cold(monkeypatch):
+    """No layer has had its masks made before."""
+    monkeypatch.setattr(_crf_constraints, "_MADE", {})
 
 
 class Model(nn.Module):
@@ -115,6 +121,16 @@ def test_compile(layer, call, device):
         for _ in range(2):
             arguments = inputs(layer, 3, 6, device)
             assert_equal(compiled(*arguments), model(*arguments), layer)
+
+
+def test_compiled_layers_of_other_labels(device):
+    """They run the same code on the same sizes, and must not share a graph."""
+    torch._dynamo.reset()
+    emissions, tags, _ = inputs("labels", 3, 6, device)
+    for labels, scheme in ((LABELS, "BIO"), (LABELS[::-1], "BIO"), (LABELS, "IOB1"), (None, None)):
+        crf = CRF(N, batch_first=True, labels=labels, scheme=scheme).to(device)
+        compiled = torch.compile(crf, fullgraph=True, backend="aot_eager")
+        assert_same(compiled(emissions, tags, reduction="none"), crf(emissions, tags, reduction="none"))
 
 
 @pytest.mark.parametrize(("layer", "call"), CASES)
