@@ -7,15 +7,14 @@ import torch
 from torch import Tensor, nn
 
 from fastnlp_ops._crf_constraints import Forbidden, check_paths, forbidden_by
-from fastnlp_ops._crf_inputs import (
+from fastnlp_ops._crf_inputs import log_likelihood, viterbi
+from fastnlp_ops._crf_layer import (
     check_ignore_index,
     check_parameters,
     is_concrete,
-    log_likelihood,
     mean_over_steps,
     steps_with_tags,
     tag_lists,
-    viterbi,
 )
 from fastnlp_ops.crf import crf_marginals
 from fastnlp_ops.crf_state_dict import convert_crf_state_dict

@@ -5,14 +5,12 @@ from typing import List  # noqa: UP035  (TorchScript reads List in annotations o
 import torch
 from torch import Tensor, nn
 
-from fastnlp_ops._crf_inputs import (
+from fastnlp_ops._crf_inputs import check_tags, kernel_inputs, shape_of
+from fastnlp_ops._crf_layer import (
     check_ignore_index,
     check_parameters,
-    check_tags,
     is_concrete,
-    kernel_inputs,
     mean_over_steps,
-    shape_of,
     steps_with_tags,
     tag_lists,
 )
