@@ -41,11 +41,6 @@ STABLE_TORCH_LIBRARY(fastnlp_ops, m) {
       "crf_entropy_backward(Tensor grad, Tensor emissions, Tensor transitions, Tensor? start_transitions, "
       "Tensor? end_transitions, Tensor? mask, Tensor? cu_seqlens) -> "
       "(Tensor demissions, Tensor dtransitions, Tensor dstart_transitions, Tensor dend_transitions)");
-  m.def(
-      "crf_double_backward(Tensor grad, Tensor? demissions_grad, Tensor? dtransitions_grad, "
-      "Tensor? dstart_transitions_grad, Tensor? dend_transitions_grad, Tensor emissions, Tensor? tags, "
-      "Tensor transitions, Tensor? start_transitions, Tensor? end_transitions, Tensor? mask, Tensor? cu_seqlens) -> "
-      "(Tensor dgrad, Tensor demissions, Tensor dtransitions, Tensor dstart_transitions, Tensor dend_transitions)");
 
   // Maximum-entropy Markov model.
   m.def(
@@ -71,8 +66,6 @@ STABLE_TORCH_LIBRARY(fastnlp_ops, m) {
   m.def(
       "global_pointer_loss_backward(Tensor dloss, Tensor log_negative, Tensor log_positive, Tensor saved, Tensor q, "
       "Tensor k, Tensor cells, " SPAN_OPTIONS ") -> " SPAN_GRADIENTS);
-  // What is saved becomes the gradients, where nothing else will ask for it: they need no memory of their own then.
-  m.def("global_pointer_weigh_(Tensor(a!) saved, Tensor dloss, Tensor q, Tensor k, " SPAN_OPTIONS ") -> ()");
   m.def(
       "global_pointer_divergence(Tensor q1, Tensor k1, Tensor? start_bias1, Tensor? end_bias1, Tensor q2, Tensor "
       "k2, " SPAN_OPTIONS ") -> Tensor");
@@ -85,22 +78,6 @@ STABLE_TORCH_LIBRARY(fastnlp_ops, m) {
   m.def(
       "global_pointer_cells(Tensor labels, Tensor? mask, SymInt batch, SymInt heads, SymInt length, "
       "bool tril_mask, int max_span_length, bool mask_zero) -> Tensor");
-  m.def(
-      "global_pointer_scores_double_backward(Tensor dscores, Tensor? dq_grad, Tensor? dk_grad, "
-      "Tensor? dstart_bias_grad, Tensor? dend_bias_grad, Tensor q, Tensor k, " SPAN_OPTIONS
-      ") -> (Tensor ddscores, Tensor dq, Tensor dk, Tensor dstart_bias, Tensor dend_bias)");
-  m.def(
-      "global_pointer_loss_double_backward(Tensor dloss, Tensor? dq_grad, Tensor? dk_grad, Tensor? dstart_bias_grad, "
-      "Tensor? dend_bias_grad, Tensor log_negative, Tensor log_positive, Tensor q, Tensor k, "
-      "Tensor cells, " SPAN_OPTIONS ") -> (Tensor ddloss, Tensor dq, Tensor dk, Tensor dstart_bias, Tensor dend_bias)");
-  m.def(
-      "global_pointer_divergence_double_backward(Tensor ddivergence, Tensor? dq1_grad, Tensor? dk1_grad, "
-      "Tensor? dstart_bias1_grad, Tensor? dend_bias1_grad, Tensor? dq2_grad, Tensor? dk2_grad, "
-      "Tensor? dstart_bias2_grad, Tensor? dend_bias2_grad, Tensor q1, Tensor k1, Tensor? start_bias1, "
-      "Tensor? end_bias1, Tensor q2, Tensor k2, " SPAN_OPTIONS
-      ") -> (Tensor dddivergence, "
-      "Tensor dq1, Tensor dk1, Tensor dstart_bias1, Tensor dend_bias1, "
-      "Tensor dq2, Tensor dk2, Tensor dstart_bias2, Tensor dend_bias2)");
   m.def("global_pointer_decode(Tensor q, Tensor k, " SPAN_OPTIONS
         ", float threshold) -> (Tensor spans, Tensor scores)");
   m.def("flat_spans(Tensor spans, Tensor scores, int sequences, int length) -> Tensor");
@@ -115,18 +92,11 @@ STABLE_TORCH_LIBRARY(fastnlp_ops, m) {
       "multilabel_categorical_crossentropy_backward(Tensor dloss, Tensor log_negative, Tensor log_positive, "
       "Tensor scores, Tensor labels) -> Tensor");
   m.def(
-      "multilabel_categorical_crossentropy_double_backward(Tensor dloss, Tensor dscores_grad, Tensor log_negative, "
-      "Tensor log_positive, Tensor scores, Tensor labels) -> (Tensor ddloss, Tensor dscores)");
-  m.def(
       "sparse_multilabel_categorical_crossentropy(Tensor scores, Tensor indices) -> "
       "(Tensor log_negative, Tensor log_positive)");
   m.def(
       "sparse_multilabel_categorical_crossentropy_backward(Tensor dloss, Tensor log_negative, Tensor log_positive, "
       "Tensor scores, Tensor indices) -> Tensor");
-  m.def(
-      "sparse_multilabel_categorical_crossentropy_double_backward(Tensor dloss, Tensor dscores_grad, Tensor "
-      "log_negative, "
-      "Tensor log_positive, Tensor scores, Tensor indices) -> (Tensor ddloss, Tensor dscores)");
   // Adafactor: one step of many parameters, in place (csrc/adafactor.h says what each argument holds).
   m.def(
       "adafactor_step_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] rows, Tensor(c!)[] cols, "
@@ -149,12 +119,6 @@ STABLE_TORCH_LIBRARY(fastnlp_ops, m) {
       "out, "
       "Tensor normalizer, Tensor kv, Tensor key_sum, Tensor key_max, " LINEAR_ATTENTION_OPTIONS
       ") -> " LINEAR_ATTENTION_GRADIENTS);
-  m.def(
-      "linear_attention_double_backward(Tensor? dout, Tensor? dkv, Tensor? dkey_sum, Tensor? dq_grad, Tensor? dk_grad, "
-      "Tensor? dv_grad, Tensor? dlog_decay_grad, Tensor? dinitial_kv_grad, Tensor? dinitial_key_sum_grad, Tensor q, "
-      "Tensor k, Tensor v, " LINEAR_ATTENTION_OPTIONS
-      ") -> (Tensor ddout, Tensor ddkv, Tensor ddkey_sum, Tensor dq, Tensor dk, Tensor dv, Tensor dlog_decay, "
-      "Tensor dinitial_kv, Tensor dinitial_key_sum)");
   m.def(
       "linear_attention_step(Tensor q, Tensor k, Tensor v, Tensor(a!) kv, Tensor(b!) key_sum, Tensor(c!)? key_max, "
       "Tensor? log_decay, int feature_map, bool normalize, float scale, float eps) -> Tensor");

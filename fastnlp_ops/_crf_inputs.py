@@ -5,7 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastnlp_ops._ops.crf import EagerLogLikelihood
+from fastnlp_ops._ops import crf as ops
+from fastnlp_ops._ops._autograd import is_eager
 
 
 def shape_of(tensor: Tensor) -> str:
@@ -173,10 +174,6 @@ def needs_grad(emissions: Tensor, transitions: Tensor, start: Tensor | None, end
     return needs
 
 
-def _is_traced() -> bool:
-    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or torch._C._is_tracing()
-
-
 # The two calls of the module, with positional arguments only: TorchScript knows no others with defaults. Arguments that
 # the op takes as they are are not checked twice: in a training loop, where none of this is in the processor's caches,
 # the checks above cost as much as a small kernel. Where the op refuses, they say it in their words.
@@ -214,9 +211,9 @@ def _log_likelihood(given: Any, tags: Tensor, summed: bool, check_start: bool) -
         tags = tags.to(torch.int64).contiguous()
     save = needs_grad(emissions, *others[:3])
     try:
-        if save and not _is_traced():
-            return EagerLogLikelihood.apply(summed, check_start, emissions, tags, *others)
-        value, _ = torch.ops.fastnlp_ops.crf_log_likelihood(emissions, tags, *others, save, check_start)
+        if save and is_eager():
+            return ops.EagerLogLikelihood.apply(summed, check_start, emissions, tags, *others)
+        value, _ = ops.log_likelihood(emissions, tags, *others, save, check_start)
     except (ValueError, RuntimeError):
         if taken:
             _check(*given)
@@ -250,12 +247,9 @@ def _viterbi(given: Any, n_best: int, check_start: bool) -> tuple[Tensor, Tensor
     taken = _is_taken(*given)
     arguments = given if taken else kernel_inputs(*given)
     try:
-        if n_best == 1 and not needs_grad(*arguments[:4]) and not _is_traced():
-            with torch._C._AutoDispatchBelowAutograd():
-                return torch.ops.fastnlp_ops.crf_viterbi.default(*arguments, check_start)
         if n_best == 1:
-            return torch.ops.fastnlp_ops.crf_viterbi(*arguments, check_start)
-        return torch.ops.fastnlp_ops.crf_viterbi_n_best(*arguments, n_best)
+            return ops.viterbi(*arguments, check_start)
+        return ops.viterbi_n_best(*arguments, n_best)
     except (ValueError, RuntimeError):
         if taken:
             _check(*given)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from fastnlp_ops._crf_inputs import check_dense, kernel_inputs, log_likelihood, needs_grad, shape_of, viterbi
+from fastnlp_ops._ops import crf as ops
 
 
 def crf_log_partition(
@@ -79,7 +80,7 @@ def crf_log_partition(
         emissions, transitions, start_transitions, end_transitions, mask, cu_seqlens
     )
     save = needs_grad(e, t, start, end)
-    value, _ = torch.ops.fastnlp_ops.crf_log_partition(e, t, start, end, mask, cu_seqlens, save)
+    value, _ = ops.log_partition(e, t, start, end, mask, cu_seqlens, save)
     return value
 
 
@@ -172,9 +173,9 @@ def crf_marginals(
     )
     e = e.to(t.dtype)
     with torch.no_grad():
-        value, messages = torch.ops.fastnlp_ops.crf_log_partition(e, t, start, end, mask, cu_seqlens, True)
-    backward = torch.ops.fastnlp_ops.crf_log_partition_backward
-    marginals, _, _, _ = backward(torch.ones_like(value), messages, e, t, start, end, mask, cu_seqlens, False)
+        value, messages = ops.log_partition(e, t, start, end, mask, cu_seqlens, True)
+    found = ops.log_partition_backward(torch.ones_like(value), messages, e, t, start, end, mask, cu_seqlens, False)
+    marginals: Tensor = found[0]
     return marginals
 
 
@@ -272,7 +273,7 @@ def crf_sample(
         )
         shape = (num_samples, *e.shape[:-1])
         uniforms = torch.rand(shape, generator=generator, device=e.device, dtype=torch.float32)
-        drawn: Tensor = torch.ops.fastnlp_ops.crf_sample(e, t, start, end, mask, cu_seqlens, uniforms)
+        drawn: Tensor = ops.sample(e, t, start, end, mask, cu_seqlens, uniforms)
     return drawn
 
 
@@ -316,7 +317,7 @@ def crf_entropy(
     e, t, start, end, mask, cu_seqlens = kernel_inputs(
         emissions, transitions, start_transitions, end_transitions, mask, cu_seqlens
     )
-    entropy: Tensor = torch.ops.fastnlp_ops.crf_entropy(e, t, start, end, mask, cu_seqlens)
+    entropy: Tensor = ops.entropy(e, t, start, end, mask, cu_seqlens)
     return entropy
 
 

@@ -26,6 +26,7 @@ from fastnlp_ops._global_pointer_inputs import (
     kernel_inputs,
     shape_of,
 )
+from fastnlp_ops._ops import global_pointer as ops
 from fastnlp_ops._reduction import check_reduction, reduce_rows
 
 
@@ -85,7 +86,7 @@ def global_pointer_scores(
         2208.03054, section 3. Su et al., "RoFormer" (2021), arXiv 2104.09864, equation (34).
     """
     inputs = kernel_inputs(q, k, start_bias, end_bias, rope, position_ids, mask, tril_mask, max_span_length, scale)
-    scores: Tensor = torch.ops.fastnlp_ops.global_pointer_scores(*inputs)
+    scores: Tensor = ops.scores(*inputs)
     return scores
 
 
@@ -159,10 +160,10 @@ def global_pointer_loss(
     B, n = q.shape[:2]
     H = heads_of(q, start_bias)
     check_labels(labels, q, H)
-    cells = torch.ops.fastnlp_ops.global_pointer_cells(labels, mask, B, H, n, tril_mask, longest, mask_zero)
+    cells = ops.cells(labels, mask, B, H, n, tril_mask, longest, mask_zero)
     leaves = (x for x in inputs[:4] if x is not None)
     save = torch.is_grad_enabled() and any(x.requires_grad for x in leaves)
-    log_negative, log_positive, _ = torch.ops.fastnlp_ops.global_pointer_loss(q, k, cells, *inputs[2:], save)
+    log_negative, log_positive, _ = ops.loss(q, k, cells, *inputs[2:], save)
     return reduce_rows(log_negative + log_positive, reduction)
 
 
@@ -236,7 +237,7 @@ def global_pointer_divergence(
     first = (q1, k1, start_bias1, end_bias1)
     tensors = alike(*first, q2, k2, start_bias2, end_bias2)
     options = cell_options(position_ids, mask, rope, tril_mask, max_span_length, scale, q1.shape[3])
-    return reduce_rows(torch.ops.fastnlp_ops.global_pointer_divergence(*tensors, *options), reduction)
+    return reduce_rows(ops.divergence(*tensors, *options), reduction)
 
 
 def global_pointer_decode(
@@ -296,9 +297,9 @@ def global_pointer_decode(
         raise ValueError(f"threshold must be a number, got {threshold}")
     with torch.no_grad():
         inputs = kernel_inputs(q, k, start_bias, end_bias, rope, position_ids, mask, tril_mask, max_span_length, scale)
-        spans, scores = torch.ops.fastnlp_ops.global_pointer_decode(*inputs, float(threshold))
+        spans, scores = ops.decode(*inputs, float(threshold))
         if not nested:
-            keep = torch.ops.fastnlp_ops.flat_spans(spans, scores, q.shape[0], q.shape[1])
+            keep = ops.flat_spans(spans, scores, q.shape[0], q.shape[1])
             spans, scores = spans[keep], scores[keep]
         if top_k is not None:
             keep = _best(spans, scores, q.shape[0], top_k)

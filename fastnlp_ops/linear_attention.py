@@ -104,7 +104,7 @@ def linear_attention(
     """
     layout = (key_padding_mask, cu_seqlens_q, cu_seqlens_k, log_decay, initial_state)
     inputs, factor = kernel_inputs(q, k, v, feature_map, causal, normalize, scale, eps, *layout)
-    out, _, kv, key_sum, key_max = run(inputs)
+    out, _, kv, key_sum, key_max = run(*inputs)
     if factor != 1:
         out = out * factor
     if not return_state:

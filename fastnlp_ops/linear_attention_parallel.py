@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastnlp_ops._linear_attention_inputs import kernel_inputs
+from fastnlp_ops._ops.linear_attention import run
 from fastnlp_ops.linear_attention_state import LinearAttentionState
 from fastnlp_ops.reference.linear_attention import EXPONENTIAL
 
@@ -80,12 +81,12 @@ def linear_attention_context_parallel(
     layout = (key_padding_mask, None, None, log_decay, None)
     inputs, factor = kernel_inputs(q, k, v, feature_map, causal, normalize, scale, eps, *layout)
     q, k, v, *_ = inputs
-    _, _, kv, key_sum, key_max = torch.ops.fastnlp_ops.linear_attention(q[:, :0], *inputs[1:])
+    _, _, kv, key_sum, key_max = run(q[:, :0], *inputs[1:])
     decay = _total_decay(log_decay, k, key_padding_mask)
     state = _Exchange.apply(kv, key_sum, key_max if feature_map in EXPONENTIAL else None, decay, causal, group)
     if not causal:  # the keys of this process are in the sum of all
         inputs = (q, k[:, :0], v[:, :0], None, *inputs[4:])
-    out, *_ = torch.ops.fastnlp_ops.linear_attention(*inputs[: _STATE.start], *state, *inputs[_STATE.stop :])
+    out, *_ = run(*inputs[: _STATE.start], *state, *inputs[_STATE.stop :])
     return out if factor == 1 else out * factor
 
 

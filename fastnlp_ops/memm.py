@@ -14,6 +14,9 @@ from fastnlp_ops._crf_layer import (
     steps_with_tags,
     tag_lists,
 )
+from fastnlp_ops._ops import crf as crf_ops
+from fastnlp_ops._ops import memm as ops
+from fastnlp_ops._ops._autograd import is_eager
 
 
 def memm_log_likelihood(
@@ -277,6 +280,7 @@ def _log_likelihood(
     e, matrix, on = _inputs(emissions, transitions, mask)
     if not torch.jit.is_scripting():
         check_tags(tags, emissions)
+        return ops.log_likelihood(e, tags.to(torch.int64).contiguous(), matrix, on, bidirectional)
     return torch.ops.fastnlp_ops.memm_log_likelihood(e, tags.to(torch.int64).contiguous(), matrix, on, bidirectional)
 
 
@@ -294,6 +298,10 @@ def _viterbi(
         chain = _chain(e, matrix, before, behind)
         if bidirectional:
             chain = (chain + _chain(e, matrix.t(), behind, before)) / 2
+        if not torch.jit.is_scripting():
+            if n_best == 1:
+                return crf_ops.viterbi(chain, matrix / 2, None, None, on, None)
+            return crf_ops.viterbi_n_best(chain, matrix / 2, None, None, on, None, n_best)
         if n_best == 1:
             return torch.ops.fastnlp_ops.crf_viterbi(chain, matrix / 2, None, None, on, None)
         return torch.ops.fastnlp_ops.crf_viterbi_n_best(chain, matrix / 2, None, None, on, None, n_best)
@@ -323,7 +331,7 @@ def _normaliser(e: Tensor, matrix: Tensor) -> Tensor:
     N = e.size(2)
     readable = e.device.type == "cpu"
     if not torch.jit.is_scripting():
-        readable = readable and is_concrete(e)
+        readable = is_eager() and readable and is_concrete(e)
     if readable:
         # One float64 product. It is right unless a sum is so small that terms of it may have vanished, which asks for
         # scores some 1300 nats apart, or -inf; looking at the sums would make the host wait for a GPU.

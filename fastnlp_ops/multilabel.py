@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fastnlp_ops._global_pointer_inputs import check_integers, shape_of
+from fastnlp_ops._ops import multilabel as ops
 from fastnlp_ops._reduction import check_reduction, reduce_rows
 
 
@@ -65,9 +66,7 @@ def multilabel_categorical_crossentropy(scores: Tensor, labels: Tensor, *, reduc
         labels = labels.to(torch.float64 if scores.dtype == torch.float64 else torch.float32)
     elif labels.dtype != torch.bool:
         labels = labels != 0
-    log_negative, log_positive = torch.ops.fastnlp_ops.multilabel_categorical_crossentropy(
-        _rows(scores), _rows(labels).contiguous()
-    )
+    log_negative, log_positive = ops.hard_or_soft(_rows(scores), _rows(labels).contiguous())
     return reduce_rows((log_negative + log_positive).reshape(scores.shape[:-1]), reduction)
 
 
@@ -117,9 +116,7 @@ def sparse_multilabel_categorical_crossentropy(
     _check_device("indices", indices, scores)
     if mask_zero:
         scores = scores.masked_fill(torch.arange(scores.shape[-1], device=scores.device) == 0, -torch.inf)
-    log_negative, log_positive = torch.ops.fastnlp_ops.sparse_multilabel_categorical_crossentropy(
-        _rows(scores), _rows(indices.to(torch.int64)).contiguous()
-    )
+    log_negative, log_positive = ops.sparse(_rows(scores), _rows(indices.to(torch.int64)).contiguous())
     return reduce_rows((log_negative + log_positive).reshape(scores.shape[:-1]), reduction)
 
 

@@ -108,7 +108,6 @@ def op_arguments(problem):
     grad = torch.randn(problem.batch, dtype=transitions.dtype, device=emissions.device)
     backward = (emissions.detach(), *detached, True)
     paths, _ = torch.ops.fastnlp_ops.crf_viterbi(emissions.detach(), *detached)
-    cotangents = [None if score is None else torch.randn_like(score) for score in detached[:3]]
     return {
         "crf_log_partition": (emissions, *tail, True),
         "crf_log_partition_backward": (grad, messages, *backward),
@@ -120,7 +119,6 @@ def op_arguments(problem):
         "crf_entropy": (emissions, *tail),
         "crf_viterbi_backward": (grad, paths, emissions.detach(), *detached),
         "crf_entropy_backward": (grad, emissions.detach(), *detached),
-        "crf_double_backward": (grad, emissions.detach(), *cotangents, emissions.detach(), problem.tags, *detached),
     }
 
 
@@ -135,7 +133,6 @@ OPS = [
     "crf_sample",
     "crf_entropy",
     "crf_entropy_backward",
-    "crf_double_backward",
 ]
 
 

@@ -197,18 +197,14 @@ def op_arguments(problem):
         spans, found = ops.global_pointer_decode(*first, *tail, 0.0)
     dloss = torch.randn_like(sums[0])
     still = [None if x is None else x.detach() for x in problem.inputs]
-    cotangents = [None if x is None else torch.randn_like(x) for x in still]
     labelled = (*still[:2], cells, *still[2:4], *tail)
     return {
         "global_pointer_scores": (*first, *tail),
         "global_pointer_scores_backward": (dscores, *first, *tail),
-        "global_pointer_scores_double_backward": (dscores, *cotangents[:4], *still[:4], *tail),
         "global_pointer_loss": (q, k, cells, start, end, *tail, True),
         "global_pointer_loss_backward": (dloss, *sums, saved, *labelled),
-        "global_pointer_loss_double_backward": (dloss, *cotangents[:4], *sums, *labelled),
         "global_pointer_divergence": (*first, *second, *tail),
         "global_pointer_divergence_backward": (dloss, *still, *tail),
-        "global_pointer_divergence_double_backward": (dloss, *cotangents, *still, *tail),
         "global_pointer_decode": (*still[:4], *tail, 0.0),
         "flat_spans": (spans, found, B, n),
         "global_pointer_cells": labelling,
@@ -217,7 +213,6 @@ def op_arguments(problem):
 
 OPS = [
     *(f"global_pointer_{name}{part}" for name in ("scores", "loss", "divergence") for part in ("", "_backward")),
-    *(f"global_pointer_{name}_double_backward" for name in ("scores", "loss", "divergence")),
     "global_pointer_decode",
     "global_pointer_cells",
     "flat_spans",

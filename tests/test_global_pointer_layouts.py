@@ -53,10 +53,8 @@ def test_layouts_of_a_projection(device):
 
 
 @pytest.mark.parametrize("case", ["ragged", "uneven", "biased"])
-def test_gradients_in_place(case, device):
-    """What the forward pass saved becomes the gradients of the last backward pass through it, of no other."""
-    if device.type != "cpu":
-        pytest.skip("on a GPU no gradients are saved")
+def test_gradients_again(case, device):
+    """The backward pass leaves alone what the forward pass saved: the same gradients each time."""
     problem, leaves = make_problem(device=device, **CASES[case]).leaves()
     leaves = leaves[: used(loss, problem)]
     total = loss(fastnlp_ops, problem).cos().sum()
@@ -67,9 +65,6 @@ def test_gradients_in_place(case, device):
     first = torch.autograd.grad(total, leaves, create_graph=True)
     assert_all_same([x.detach() for x in first], kept)
     assert_all_same(torch.autograd.grad(total, leaves), kept)
-    assert not any(x.requires_grad for x in last)
-    assert last[0].untyped_storage().data_ptr() == last[1].untyped_storage().data_ptr()
-    assert kept[0].untyped_storage().data_ptr() != kept[1].untyped_storage().data_ptr()
 
 
 def test_batched_gradients(device):
@@ -80,23 +75,6 @@ def test_batched_gradients(device):
     each = [torch.autograd.grad(rows, leaves, one, retain_graph=True) for one in above]
     batched = torch.autograd.grad(rows, leaves, above, is_grads_batched=True)
     assert_all_same(batched, [torch.stack(found) for found in zip(*each, strict=True)])
-
-
-@pytest.mark.parametrize("case", ["ragged", "positions"])
-def test_opcheck_in_place(case, device):
-    if device.type != "cpu":
-        pytest.skip("on a GPU no gradients are saved")
-    problem = make_problem(device=device, **CASES[case])
-    q, k, start, end, *_ = problem.inputs
-    tail = (start, end, problem.mask, problem.position_ids, True, True, -1, 0.5)
-    cells = torch.zeros(0, dtype=torch.int64, device=device)
-    *sums, saved = torch.ops.fastnlp_ops.global_pointer_loss(q, k, cells, *tail, True)
-    op = torch.ops.fastnlp_ops.global_pointer_weigh_
-    torch.library.opcheck(op.default, (saved, torch.randn_like(sums[0]), q, k, *tail))
-    with pytest.raises(ValueError, match="saved must have shape"):
-        op(saved[1:], sums[0], q, k, *tail)
-    with pytest.raises(ValueError, match="q must be float32 or float64"):
-        op(saved, sums[0], *(x if x is None else x.half() for x in (q, k)), *tail)
 
 
 def test_layouts_expanded(device):

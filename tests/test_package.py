@@ -52,7 +52,6 @@ NO_GRADIENT = {
     "fastnlp_ops::adafactor_step_",
     "fastnlp_ops::crf_sample",
     "fastnlp_ops::flat_spans",
-    "fastnlp_ops::global_pointer_weigh_",
     "fastnlp_ops::global_pointer_cells",
 }
 

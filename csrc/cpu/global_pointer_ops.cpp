@@ -152,7 +152,7 @@ struct Run {
             biases,
             biases + rows * bytes};
   }
-  // The gradients of the work become those of the loss times dloss; they may be what is saved.
+  // The gradients of the work become those that are saved times dloss.
   void weigh(const Tensor& dloss, const Tensor& saved) {
     works[0].dloss = call.per_row(dloss, "dloss");
     check_dense(saved, "saved", {saved_size()}, call.compute, call.q);
@@ -237,14 +237,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> global_pointer_loss_backward(const Te
   return gradients;
 }
 
-void global_pointer_weigh_(const Tensor& saved, const Tensor& dloss, const Tensor& q, const Tensor& k, SPAN_OPTIONS) {
-  Run run(q, k, SPAN_OPTION_VALUES);
-  check(q.scalar_type() == run.call.compute, "q must be float32 or float64 where its gradients are in place, got ",
-        torch::headeronly::toString(q.scalar_type()));
-  run.works[0].gradients = run.in_saved(saved);
-  run.weigh(dloss, saved);
-}
-
 // The second run's operands join those of the first: same shapes, same options.
 struct Divergence : Run {
   GlobalPointerCall second;
@@ -314,7 +306,6 @@ STABLE_TORCH_LIBRARY_IMPL(fastnlp_ops, CPU, m) {
   m.impl("global_pointer_scores_backward", TORCH_BOX(&global_pointer_scores_backward));
   m.impl("global_pointer_loss", TORCH_BOX(&global_pointer_loss));
   m.impl("global_pointer_loss_backward", TORCH_BOX(&global_pointer_loss_backward));
-  m.impl("global_pointer_weigh_", TORCH_BOX(&global_pointer_weigh_));
   m.impl("global_pointer_decode", TORCH_BOX(&global_pointer_decode));
   m.impl("global_pointer_divergence", TORCH_BOX(&global_pointer_divergence));
   m.impl("global_pointer_divergence_backward", TORCH_BOX(&global_pointer_divergence_backward));

@@ -1,18 +1,18 @@
 """Fake kernels and autograd formulas of the CRF ops. Schemas: csrc/ops.cpp. Kernels: csrc/cpu/crf.cpp, csrc/cuda/crf*.
 
-First derivatives are kernels. Derivatives of derivatives, and of the entropy, go through the differentiable reference:
-they are right to any order, at the reference's speed.
+First derivatives are kernels. Derivatives of derivatives, of the entropy, and in forward mode go through the
+differentiable reference: they are right to any order, at the reference's speed.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastnlp_ops import reference
-from fastnlp_ops._ops._through_reference import gradients, leaves, register_through_reference
+from fastnlp_ops._ops._autograd import differentiable, through_plain, undifferentiable, vjp
 
 _Scores = Tensor | None
 _OPS = torch.ops.fastnlp_ops
@@ -86,9 +86,65 @@ def _(emissions, transitions, start, end, mask, cu_seqlens):
     return emissions.new_empty(_batch(emissions, cu_seqlens), dtype=_compute_dtype(emissions))
 
 
-def _register_forward(name: str, has_tags: bool) -> None:
-    """Autograd of crf_log_partition and crf_log_likelihood and, through the reference, of their backward ops."""
-    forward, backward = getattr(_OPS, name), getattr(_OPS, f"{name}_backward")
+@torch.library.register_fake("fastnlp_ops::crf_viterbi_backward")
+def _(grad, paths, emissions, transitions, start, end, mask, cu_seqlens):
+    return _fake_backward(emissions, transitions, True)
+
+
+@torch.library.register_fake("fastnlp_ops::crf_entropy_backward")
+def _(grad, emissions, transitions, start, end, mask, cu_seqlens):
+    return _fake_backward(emissions, transitions, True)
+
+
+def _where_given(gradients: Sequence[Tensor], inputs: Sequence[_Scores]) -> list[_Scores]:
+    return [None if x is None else g for g, x in zip(gradients, inputs, strict=False)]
+
+
+def _gradients(value: Callable[..., Tensor], grad: Tensor, scores: Sequence[_Scores]) -> tuple[Tensor, ...]:
+    """By emissions, transitions, start and end, of the sum of grad * value(*scores); zeros for what is not given."""
+    found = vjp(value, scores, (grad,))
+    return tuple(grad.new_zeros(found[1].shape[-1]) if x is None else x for x in found)
+
+
+def _plain_log_partition(*inputs: Any) -> tuple[Tensor, Tensor]:
+    *scores, mask, cu_seqlens, _ = inputs
+    value = reference.crf_log_partition(*scores, mask=mask, cu_seqlens=cu_seqlens)
+    return value, value.new_empty(0)
+
+
+def _plain_log_partition_backward(grad: Tensor, _: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
+    *scores, mask, cu_seqlens, transition_grad = inputs
+
+    def value(*scores: Any) -> Tensor:
+        return reference.crf_log_partition(*scores, mask=mask, cu_seqlens=cu_seqlens)
+
+    found = _gradients(value, grad, scores)
+    return found if transition_grad else (found[0], grad.new_zeros(0), *found[2:])
+
+
+def _plain_log_likelihood(emissions: Tensor, tags: Tensor, *inputs: Any) -> tuple[Tensor, Tensor]:
+    *scores, mask, cu_seqlens = inputs[:5]
+    value = reference.crf_log_likelihood(emissions, tags, *scores, mask=mask, cu_seqlens=cu_seqlens)
+    return value, value.new_empty(0)
+
+
+def _plain_log_likelihood_backward(
+    grad: Tensor, _: Tensor, emissions: Tensor, tags: Tensor, *inputs: Any
+) -> tuple[Tensor, ...]:
+    *scores, mask, cu_seqlens, transition_grad = inputs
+
+    def value(emissions: Tensor, *scores: Any) -> Tensor:
+        return reference.crf_log_likelihood(emissions, tags, *scores, mask=mask, cu_seqlens=cu_seqlens)
+
+    found = _gradients(value, grad, (emissions, *scores))
+    return found if transition_grad else (found[0], grad.new_zeros(0), *found[2:])
+
+
+def _forward(
+    name: str, plain: Callable[..., Any], plain_backward: Callable[..., Any], has_tags: bool
+) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """What to call in the place of op `name`, crf_log_partition or crf_log_likelihood, and of its backward op."""
+    backward = through_plain(f"{name}_backward", plain_backward, results=(1,))
 
     def setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         tensors = inputs[: 7 if has_tags else 6]
@@ -118,34 +174,20 @@ def _register_forward(name: str, has_tags: bool) -> None:
             *[None for _ in ctx.options],
         )
 
-    torch.library.register_autograd(f"fastnlp_ops::{name}", formula, setup_context=setup)
-
-    def backward_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        grad, _, *tensors, ctx.transition_grad = inputs
-        ctx.save_for_backward(grad, *tensors)
-        ctx.set_materialize_grads(False)
-
-    def backward_formula(ctx: Any, *cotangents: Tensor | None) -> tuple[_Scores, ...]:
-        grad, emissions, *rest = ctx.saved_tensors
-        tags, *rest = rest if has_tags else (None, *rest)
-        if not ctx.transition_grad:
-            cotangents = (cotangents[0], None, *cotangents[2:])
-        dgrad, demissions, *dscores = _OPS.crf_double_backward(grad, *cotangents, emissions, tags, *rest)
-        return (dgrad, None, demissions, *([None] if has_tags else []), *_where_given(dscores, rest), None, None, None)
-
-    torch.library.register_autograd(f"fastnlp_ops::{name}_backward", backward_formula, setup_context=backward_setup)
+    forward = differentiable(name, plain, setup, formula)
+    return forward, backward
 
 
-def _where_given(gradients: Sequence[Tensor], inputs: Sequence[_Scores]) -> list[_Scores]:
-    return [None if x is None else g for g, x in zip(gradients, inputs, strict=False)]
-
-
-_register_forward("crf_log_partition", has_tags=False)
-_register_forward("crf_log_likelihood", has_tags=True)
+log_partition, log_partition_backward = _forward(
+    "crf_log_partition", _plain_log_partition, _plain_log_partition_backward, has_tags=False
+)
+log_likelihood, log_likelihood_backward = _forward(
+    "crf_log_likelihood", _plain_log_likelihood, _plain_log_likelihood_backward, has_tags=True
+)
 
 
 class EagerLogLikelihood(torch.autograd.Function):
-    """crf_log_likelihood, or its sum, for eager training: fewer visits to Python than the registered formula makes.
+    """crf_log_likelihood, or its sum, for eager training: fewer visits to Python than the general way makes.
 
     At 1 x 128 x 9, timed in turns, op, sum and backward take 164 us through the registered formula and 120 us through
     this.
@@ -163,12 +205,7 @@ class EagerLogLikelihood(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[_Scores, ...]:
         transition_grad = ctx.needs_input_grad[4]
         arguments = (grad.expand(ctx.rows).contiguous(), *ctx.saved_tensors, transition_grad)
-        op = _OPS.crf_log_likelihood_backward.default
-        if torch.is_grad_enabled():  # create_graph
-            demissions, dtransitions, dstart, dend = op(*arguments)
-        else:
-            with torch._C._AutoDispatchBelowAutograd():
-                demissions, dtransitions, dstart, dend = op(*arguments)
+        demissions, dtransitions, dstart, dend = log_likelihood_backward(*arguments)
         start, end = arguments[5:7]
         return (
             None,
@@ -183,28 +220,25 @@ class EagerLogLikelihood(torch.autograd.Function):
         )
 
 
-def _double_backward(grad: Tensor, *arguments: Any) -> list[Tensor]:
-    *cotangents, emissions, tags, transitions, start, end, mask, cu_seqlens = arguments
-    upstream, *scores = leaves(grad, emissions, transitions, start, end)
-    if tags is None:
-        value = reference.crf_log_partition(*scores, mask=mask, cu_seqlens=cu_seqlens)
-    else:
-        value = reference.crf_log_likelihood(scores[0], tags, *scores[1:], mask=mask, cu_seqlens=cu_seqlens)
-    # Only gradients of the value are used: where it is -inf they are finite, or 0.
-    first = gradients((value * upstream).sum(), scores)
-    parts = [(c * f).sum().to(value.dtype) for c, f in zip(cotangents, first, strict=True) if c is not None]
-    return gradients(torch.stack(parts).sum() if parts else value.sum() * 0, [upstream, *scores])
+def _plain_path_score_gradients(grad: Tensor, paths: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
+    """The score of a path is a sum of entries of the inputs: its gradient counts them."""
+    *scores, mask, cu_seqlens = inputs
+
+    def value(*scores: Any) -> Tensor:
+        layout = {"mask": mask, "cu_seqlens": cu_seqlens}
+        if grad.dim() == 1:
+            return reference.crf_score(scores[0], paths, *scores[1:], **layout)
+        ranks = [reference.crf_score(scores[0], path, *scores[1:], **layout) for path in paths.unbind(-2)]
+        return torch.stack(ranks, -1)
+
+    return _gradients(value, grad, scores)
 
 
-register_through_reference("crf_double_backward", _double_backward)
-
-
-@torch.library.register_fake("fastnlp_ops::crf_double_backward")
-def _(grad, de, dt, ds, dn, emissions, tags, transitions, start, end, mask, cu_seqlens):
-    return torch.empty_like(grad), *_fake_backward(emissions, transitions, True)
+_path_score_gradients = through_plain("crf_viterbi_backward", _plain_path_score_gradients, kernel=True)
 
 
 def _path_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.mark_non_differentiable(output[0])
     ctx.save_for_backward(output[0], *inputs[:6])
     ctx.others = len(inputs) - 4
     ctx.set_materialize_grads(False)
@@ -214,30 +248,37 @@ def _path_formula(ctx: Any, _: Tensor | None, grad: Tensor | None) -> tuple[_Sco
     paths, *tensors = ctx.saved_tensors
     if grad is None:
         return (None,) * (4 + ctx.others)
-    dscores = _OPS.crf_viterbi_backward(grad, paths, *tensors)
+    dscores = _path_score_gradients(grad, paths, *tensors)
     return (*_where_given(dscores, tensors), *[None] * ctx.others)
 
 
-torch.library.register_autograd("fastnlp_ops::crf_viterbi", _path_formula, setup_context=_path_setup)
-torch.library.register_autograd("fastnlp_ops::crf_viterbi_n_best", _path_formula, setup_context=_path_setup)
+def _plain_viterbi(*inputs: Any) -> tuple[Tensor, Tensor]:
+    *scores, mask, cu_seqlens = inputs[:6]
+    return reference.crf_viterbi(*scores, mask=mask, cu_seqlens=cu_seqlens)
 
 
-def _viterbi_backward(grad: Tensor, paths: Tensor, *arguments: Any) -> list[Tensor]:
-    """The score of a path is a sum of entries of the inputs: its gradient counts them."""
-    *scores, mask, cu_seqlens = arguments
-    scores = leaves(*scores)
-    ranks = [(paths, grad)] if grad.dim() == 1 else list(zip(paths.unbind(-2), grad.unbind(-1), strict=True))
-    layout = {"mask": mask, "cu_seqlens": cu_seqlens}
-    counted = [(reference.crf_score(scores[0], path, *scores[1:], **layout) * g).sum() for path, g in ranks]
-    return gradients(torch.stack(counted).sum(), scores)
+def _plain_viterbi_n_best(*inputs: Any) -> tuple[Tensor, Tensor]:
+    *scores, mask, cu_seqlens, n_best = inputs
+    paths, found = reference.crf_viterbi(*scores, mask=mask, cu_seqlens=cu_seqlens, n_best=n_best)
+    return (paths, found) if n_best > 1 else (paths.unsqueeze(-2), found[:, None])
 
 
-register_through_reference("crf_viterbi_backward", _viterbi_backward)
+viterbi = differentiable("crf_viterbi", _plain_viterbi, _path_setup, _path_formula)
+viterbi_n_best = differentiable("crf_viterbi_n_best", _plain_viterbi_n_best, _path_setup, _path_formula)
+sample = undifferentiable("crf_sample")
 
 
-@torch.library.register_fake("fastnlp_ops::crf_viterbi_backward")
-def _(grad, paths, emissions, transitions, start, end, mask, cu_seqlens):
-    return _fake_backward(emissions, transitions, True)
+def _plain_entropy(*inputs: Any) -> Tensor:
+    *scores, mask, cu_seqlens = inputs
+    return reference.crf_entropy(*scores, mask=mask, cu_seqlens=cu_seqlens)
+
+
+def _plain_entropy_backward(grad: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
+    *scores, mask, cu_seqlens = inputs
+    return _gradients(lambda *scores: _plain_entropy(*scores, mask, cu_seqlens), grad, scores)
+
+
+_entropy_backward = through_plain("crf_entropy_backward", _plain_entropy_backward, kernel=True)
 
 
 def _entropy_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -245,22 +286,8 @@ def _entropy_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _entropy_formula(ctx: Any, grad: Tensor) -> tuple[_Scores, ...]:
-    dscores = _OPS.crf_entropy_backward(grad, *ctx.saved_tensors)
-    return (*_where_given(dscores, ctx.saved_tensors), None, None)
+    inputs = ctx.saved_tensors
+    return (*_where_given(_entropy_backward(grad, *inputs), inputs), None, None)
 
 
-torch.library.register_autograd("fastnlp_ops::crf_entropy", _entropy_formula, setup_context=_entropy_setup)
-
-
-def _entropy_backward(grad: Tensor, *arguments: Any) -> list[Tensor]:
-    *scores, mask, cu_seqlens = arguments
-    scores = leaves(*scores)
-    return gradients((reference.crf_entropy(*scores, mask=mask, cu_seqlens=cu_seqlens) * grad).sum(), scores)
-
-
-register_through_reference("crf_entropy_backward", _entropy_backward)
-
-
-@torch.library.register_fake("fastnlp_ops::crf_entropy_backward")
-def _(grad, emissions, transitions, start, end, mask, cu_seqlens):
-    return _fake_backward(emissions, transitions, True)
+entropy = differentiable("crf_entropy", _plain_entropy, _entropy_setup, _entropy_formula)

@@ -1,17 +1,19 @@
 """Fake kernels and autograd formulas of the GlobalPointer ops. Schemas: csrc/ops.cpp. Kernels: csrc/cpu, _triton.
 
-First derivatives are kernels. Derivatives of derivatives go through the differentiable reference, a few sequences at a
-time: they are right to any order, at the reference's speed.
+First derivatives are kernels. Derivatives of derivatives, and in forward mode, go through the differentiable reference:
+they are right to any order, at the reference's speed; those of derivatives a few sequences at a time.
 """
 
-from collections.abc import Callable, Sequence
+import functools
+import math
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastnlp_ops._global_pointer_inputs import heads_of, labels_to_cells
-from fastnlp_ops._ops._through_reference import gradients, leaves, register_through_reference
+from fastnlp_ops._ops._autograd import differentiable, through_plain, undifferentiable, vjp
 from fastnlp_ops.reference import global_pointer as reference
 
 _OPS = torch.ops.fastnlp_ops
@@ -46,11 +48,6 @@ def _(dscores, q, k, start, end, mask, position_ids, *options):
     return _like(q, k, start, end)
 
 
-@torch.library.register_fake("fastnlp_ops::global_pointer_scores_double_backward")
-def _(dscores, dq_grad, dk_grad, dstart_grad, dend_grad, q, k, start, end, mask, position_ids, *options):
-    return _like(dscores, q, k, start, end)
-
-
 @torch.library.register_fake("fastnlp_ops::global_pointer_loss")
 def _(q, k, cells, start, end, mask, position_ids, rope, tril_mask, max_span_length, scale, save_gradients):
     saved = 0
@@ -65,16 +62,6 @@ def _(dloss, log_negative, log_positive, saved, q, k, cells, start, end, mask, p
     return _like(q, k, start, end)
 
 
-@torch.library.register_fake("fastnlp_ops::global_pointer_weigh_")
-def _(saved, dloss, q, k, *others):
-    pass
-
-
-@torch.library.register_fake("fastnlp_ops::global_pointer_loss_double_backward")
-def _(dloss, dq_grad, dk_grad, dstart_grad, dend_grad, log_negative, log_positive, q, k, cells, start, end, *others):
-    return _like(dloss, q, k, start, end)
-
-
 @torch.library.register_fake("fastnlp_ops::global_pointer_divergence")
 def _(q1, k1, start1, end1, q2, k2, start2, end2, mask, position_ids, *options):
     return _row_values(q1, start1)
@@ -83,11 +70,6 @@ def _(q1, k1, start1, end1, q2, k2, start2, end2, mask, position_ids, *options):
 @torch.library.register_fake("fastnlp_ops::global_pointer_divergence_backward")
 def _(ddivergence, q1, k1, start1, end1, q2, k2, start2, end2, mask, position_ids, *options):
     return _like(q1, k1, start1, end1, q2, k2, start2, end2)
-
-
-@torch.library.register_fake("fastnlp_ops::global_pointer_divergence_double_backward")
-def _(ddivergence, *others):
-    return _like(ddivergence, *others[8:16])
 
 
 @torch.library.register_fake("fastnlp_ops::global_pointer_decode")
@@ -109,6 +91,133 @@ def _(labels, mask, batch, heads, length, tril_mask, max_span_length, mask_zero)
 
 torch.library.impl("fastnlp_ops::global_pointer_cells", "CompositeExplicitAutograd")(labels_to_cells)
 
+cells = undifferentiable("global_pointer_cells")
+flat_spans = undifferentiable("flat_spans")
+
+
+def _longest(max_span_length: int) -> int | None:
+    return None if max_span_length < 0 else max_span_length
+
+
+def _scoring(inputs: Sequence[Any]) -> dict[str, Any]:
+    """Keywords of the reference for the arguments from start_bias to scale."""
+    start, end, mask, position_ids, rope, tril_mask, max_span_length, scale = inputs
+    return {
+        "start_bias": start,
+        "end_bias": end,
+        "mask": mask,
+        "position_ids": position_ids,
+        "rope": rope,
+        "tril_mask": tril_mask,
+        "max_span_length": _longest(max_span_length),
+        "scale": scale,
+    }
+
+
+def _complete(found: Sequence[Tensor | None], like: Tensor) -> tuple[Tensor, ...]:
+    """Gradients as the ops give them: of size 0 for biases that are not given."""
+    return tuple(like.new_zeros(0) if x is None else x for x in found)
+
+
+_CELLS = 2**22  # that the reference holds at a time: about a dozen float32 tensors of 16 MiB
+
+
+def _by_sequences(
+    inputs: Sequence[Any], cotangents: Sequence[Tensor | None], cells_at: int | None = None
+) -> Iterator[tuple[list[Any], list[Tensor | None]]]:
+    """The arguments of a backward op for a few sequences of the batch at a time."""
+    above, q = inputs[0], next(x for x in inputs[1:] if isinstance(x, Tensor) and x.dim() == 4)
+    batch, n, rows = q.shape[0], q.shape[1], above.shape[1]
+    step = max(1, _CELLS // max(1, rows * n * n))
+    for b in range(0, max(1, batch), step):
+        some = slice(b, b + step)
+        part = [x[some] if isinstance(x, Tensor) and i != cells_at else x for i, x in enumerate(inputs)]
+        if cells_at is not None:
+            part[cells_at] = _cells_of(inputs[cells_at], b * rows * n * n, part[0].numel() * n * n)
+        yield part, [None if c is None else c[some] for c in cotangents]
+
+
+def _cells_of(cells: Tensor, first: int, count: int) -> Tensor:
+    """`cells` of the `count` cells from `first` on, counted from there; `count` stands for all others."""
+    local = torch.where(cells < 0, -1 - cells, cells) - first
+    local = torch.where((local >= 0) & (local < count), local, count)
+    return torch.where((cells < 0) & (local < count), -1 - local, local)
+
+
+def _plain_scores(q: Tensor, k: Tensor, *inputs: Any) -> Tensor:
+    return reference.global_pointer_scores(q, k, **_scoring(inputs))
+
+
+def _plain_scores_backward(dscores: Tensor, q: Tensor, k: Tensor, start: Any, end: Any, *others: Any) -> Any:
+    found = vjp(lambda *scores: _plain_scores(*scores, *others), (q, k, start, end), (dscores,))
+    return _complete(found, dscores)
+
+
+def _dense(cells: Tensor, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Cells that are labels, and those that are in neither sum: bool of `shape` each."""
+    count = math.prod(shape)
+
+    def flags(keys: Tensor) -> Tensor:
+        at = torch.where((keys >= 0) & (keys < count), keys, count)
+        return torch.zeros(count + 1, dtype=torch.bool, device=cells.device).scatter(0, at, True)[:count].reshape(shape)
+
+    return flags(cells), flags(-1 - cells)
+
+
+def _plain_loss(q: Tensor, k: Tensor, cells: Tensor, start: Any, end: Any, *others: Any) -> tuple[Tensor, ...]:
+    mask, position_ids, rope, tril_mask, max_span_length, scale = others[:6]
+    scores = reference.plain_scores(q, k, start, end, rope, position_ids, mask, scale)
+    valid = reference.valid_cells(q, mask, tril_mask, _longest(max_span_length))
+    positive, neither = _dense(cells, scores.shape)
+    return *reference.loss_log_sums(scores, positive, valid & ~neither), scores.new_empty(0)
+
+
+def _plain_loss_backward(
+    dloss: Tensor,
+    log_negative: Tensor,
+    log_positive: Tensor,
+    _: Tensor,
+    q: Tensor,
+    k: Tensor,
+    cells: Tensor,
+    start: Tensor | None,
+    end: Tensor | None,
+    *others: Any,
+) -> tuple[Tensor, ...]:
+    def log_sums(q: Tensor, k: Tensor, start: Any, end: Any) -> tuple[Tensor, ...]:
+        return _plain_loss(q, k, cells, start, end, *others)[:2]
+
+    # As in _loss_formula.
+    above = [torch.where(x == torch.inf, 0, dloss) for x in (log_negative, log_positive)]
+    return _complete(vjp(log_sums, (q, k, start, end), above), dloss)
+
+
+def _plain_divergence(*inputs: Any) -> Tensor:
+    first, second = inputs[:4], inputs[4:8]
+    mask, position_ids, rope, tril_mask, max_span_length, scale = inputs[8:]
+    s1, s2 = (
+        reference.plain_scores(q, k, start, end, rope, position_ids, mask, scale)
+        for q, k, start, end in (first, second)
+    )
+    return reference.divergence(s1, s2, reference.valid_cells(first[0], mask, tril_mask, _longest(max_span_length)))
+
+
+def _plain_divergence_backward(ddivergence: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
+    found = vjp(lambda *scores: _plain_divergence(*scores, *inputs[8:]), inputs[:8], (ddivergence,))
+    return _complete(found, ddivergence)
+
+
+_scores_backward = through_plain("global_pointer_scores_backward", _plain_scores_backward, parts=_by_sequences)
+_loss_backward = through_plain(
+    "global_pointer_loss_backward",
+    _plain_loss_backward,
+    results=(1, 2, 3),
+    parts=functools.partial(_by_sequences, cells_at=6),
+)
+_divergence_backward = through_plain(
+    "global_pointer_divergence_backward", _plain_divergence_backward, parts=_by_sequences
+)
+
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     *tensors, ctx.rope, ctx.tril_mask, ctx.max_span_length, ctx.scale = inputs
@@ -120,59 +229,27 @@ def _options(ctx: Any) -> tuple[bool, bool, int, float]:
     return ctx.rope, ctx.tril_mask, ctx.max_span_length, ctx.scale
 
 
-def _no_gradients(ctx: Any) -> tuple[None, ...]:
-    return (None,) * (len(ctx.saved_tensors) + _OPTIONS)
-
-
 def _scores_formula(ctx: Any, dscores: Tensor | None) -> tuple[Tensor | None, ...]:
-    if dscores is None:
-        return _no_gradients(ctx)
     inputs = ctx.saved_tensors
-    found = _OPS.global_pointer_scores_backward(dscores.contiguous(), *inputs, *_options(ctx))
+    if dscores is None:
+        return (None,) * (len(inputs) + _OPTIONS)
+    found = _scores_backward(dscores.contiguous(), *inputs, *_options(ctx))
     return (*_where_given(found, inputs[:4]), *[None] * (2 + _OPTIONS))
 
 
 def _loss_save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     _save(ctx, (*output, *inputs[:-1]), output)
-
-
-def _is_last_use(dloss: Tensor, saved: Tensor, q: Tensor) -> bool:
-    """Whether the graph is freed behind this backward pass, so that what was saved may become the gradients."""
-    return (
-        type(saved) is Tensor
-        and saved.numel() > 0
-        and saved.dtype == q.dtype
-        and not torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
-        # A batch of gradients (is_grads_batched, vmap) has no place in one that was saved.
-        and not torch._C._functorch.is_legacy_batchedtensor(dloss)
-        and not torch._C._functorch.is_functorch_wrapped_tensor(dloss)
-        and not torch._C._autograd._get_current_graph_task_keep_graph()
-    )
-
-
-def _weigh(dloss: Tensor, saved: Tensor, inputs: Sequence[Any], options: tuple[Any, ...]) -> tuple[Tensor, ...]:
-    """Gradients by q, k and biases, as views of `saved`."""
-    q, k, _, start, *others = inputs
-    _OPS.global_pointer_weigh_(saved, dloss.contiguous(), q, k, start, *others, *options)
-    B, n, H, d = q.shape
-    dq, dk = saved[: B * n * H * 2 * d].view(B, n, H, 2, d).unbind(3)
-    dbiases = saved[B * n * H * 2 * d :].view(2, B, n, H) if start is not None else (saved, saved)
-    return dq, dk, *dbiases
+    ctx.mark_non_differentiable(output[2])
 
 
 def _loss_formula(ctx: Any, dnegative: Tensor | None, dpositive: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
     log_negative, log_positive, saved, *inputs = ctx.saved_tensors
-    if dnegative is dpositive and dnegative is not None and _is_last_use(dnegative, saved, inputs[0]):
-        dq, dk, *dbiases = _weigh(dnegative, saved.detach(), inputs, _options(ctx))
-        return dq, dk, None, *_where_given(dbiases, inputs[3:5]), *[None] * (2 + _OPTIONS + 1)
     if dnegative is dpositive:  # their sum is the loss, and its gradient that of both
         parts = [(dnegative, log_negative, log_positive, saved)]
     else:  # e^{s - inf} is 0: a sum that is infinite gives no gradient
         nothing, anew = torch.full_like(log_negative, torch.inf), saved.new_empty(0)
         parts = [(dnegative, log_negative, nothing, anew), (dpositive, nothing, log_positive, anew)]
-    op = _OPS.global_pointer_loss_backward
-    found = [op(d.contiguous(), *sums, *inputs, *_options(ctx)) for d, *sums in parts if d is not None]
+    found = [_loss_backward(d.contiguous(), *sums, *inputs, *_options(ctx)) for d, *sums in parts if d is not None]
     if not found:
         return (None,) * (len(inputs) + _OPTIONS + 1)
     dq, dk, dstart, dend = (sum(x[1:], x[0]) for x in zip(*found, strict=True))
@@ -181,160 +258,32 @@ def _loss_formula(ctx: Any, dnegative: Tensor | None, dpositive: Tensor | None, 
 
 
 def _divergence_formula(ctx: Any, ddivergence: Tensor | None) -> tuple[Tensor | None, ...]:
-    if ddivergence is None:
-        return _no_gradients(ctx)
     inputs = ctx.saved_tensors
-    found = _OPS.global_pointer_divergence_backward(ddivergence.contiguous(), *inputs, *_options(ctx))
+    if ddivergence is None:
+        return (None,) * (len(inputs) + _OPTIONS)
+    found = _divergence_backward(ddivergence.contiguous(), *inputs, *_options(ctx))
     return (*_where_given(found, inputs[:8]), *[None] * (2 + _OPTIONS))
+
+
+def _decode_save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    pass
 
 
 def _decode_formula(ctx: Any, *_: Tensor | None) -> None:
     raise NotImplementedError("global_pointer_decode has no gradient: train on global_pointer_loss or _scores")
 
 
-def _scores_backward_formula(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
-    dscores, *inputs = ctx.saved_tensors
-    found = _OPS.global_pointer_scores_double_backward(dscores, *cotangents, *inputs, *_options(ctx))
-    return (*_where_given(found, (dscores, *inputs[:4])), *[None] * (2 + _OPTIONS))
+def _plain_decode(q: Tensor, k: Tensor, *inputs: Any) -> tuple[Tensor, Tensor]:
+    return reference.global_pointer_decode(q, k, **_scoring(inputs[:-1]), threshold=inputs[-1])
 
 
-def _loss_backward_formula(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
-    dloss, log_negative, log_positive, _, *others = ctx.saved_tensors
-    found = _OPS.global_pointer_loss_double_backward(
-        dloss, *cotangents, log_negative, log_positive, *others, *_options(ctx)
-    )
-    ddloss, dq, dk, dstart, dend = found
-    dstart, dend = _where_given((dstart, dend), others[3:5])
-    # log_negative, log_positive and what is saved are functions of q and k: their part is in that of q and k.
-    return ddloss, None, None, None, dq, dk, None, dstart, dend, *[None] * (2 + _OPTIONS)
-
-
-def _divergence_backward_formula(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
-    ddivergence, *inputs = ctx.saved_tensors
-    found = _OPS.global_pointer_divergence_double_backward(ddivergence, *cotangents, *inputs, *_options(ctx))
-    return (*_where_given(found, (ddivergence, *inputs[:8])), *[None] * (2 + _OPTIONS))
-
-
-for _name, _formula, _setup in (
-    ("scores", _scores_formula, _save),
-    ("loss", _loss_formula, _loss_save),
-    ("divergence", _divergence_formula, _save),
-    ("decode", _decode_formula, None),
-    ("scores_backward", _scores_backward_formula, _save),
-    ("loss_backward", _loss_backward_formula, _save),
-    ("divergence_backward", _divergence_backward_formula, _save),
-):
-    torch.library.register_autograd(f"fastnlp_ops::global_pointer_{_name}", _formula, setup_context=_setup)
-
-
-_CELLS = 2**22  # that the reference holds at a time: about a dozen float32 tensors of 16 MiB
-
-
-def _second(
-    function: Callable[..., Tensor],
-    upstream: Tensor,
-    cotangents: Sequence[Tensor | None],
-    inputs: Sequence[Tensor | None],
-) -> list[Tensor]:
-    """Gradients by `upstream` and `inputs` of sum(cotangents * gradients by inputs of function(upstream, *inputs))."""
-    wide = leaves(*(None if x is None else x.to(upstream.dtype) for x in inputs))
-    (upstream,) = leaves(upstream)
-    total = function(upstream, *wide)
-    there = [x for x in wide if x is not None]
-    first = iter(gradients(total, there))
-    pairs = [(c, next(first)) for c, x in zip(cotangents, wide, strict=True) if x is not None]
-    parts = [(c * f).sum() for c, f in pairs if c is not None]
-    dupstream, *found = gradients(torch.stack(parts).sum() if parts else total * 0, [upstream, *there])
-    rest = iter(found)
-    return [dupstream, *(upstream.new_zeros(0) if x is None else next(rest).to(x.dtype) for x in inputs)]
-
-
-def _by_sequences(function: Callable[..., list[Tensor]], row_cells: int, *tensors: Tensor | None) -> list[Tensor]:
-    """Calls `function` with a few sequences of the tensors at a time, and joins what it returns."""
-    batch = next(len(x) for x in tensors if x is not None)
-    step = max(1, _CELLS // max(1, row_cells))
-    starts = range(0, max(1, batch), step)
-    parts = [function(b, *(None if x is None else x[b : b + step] for x in tensors)) for b in starts]
-    return [torch.cat(part) for part in zip(*parts, strict=True)]
-
-
-def _longest(max_span_length: int) -> int | None:
-    return None if max_span_length < 0 else max_span_length
-
-
-def _scores_double_backward(dscores: Tensor, *arguments: Any) -> list[Tensor]:
-    *tensors, rope, tril_mask, max_span_length, scale = arguments
-
-    def part(_: int, dscores: Tensor, *tensors: Tensor | None) -> list[Tensor]:
-        *others, mask, position_ids = tensors
-
-        def total(dscores: Tensor, q: Tensor, k: Tensor, start: Tensor | None, end: Tensor | None) -> Tensor:
-            scores = reference.plain_scores(q, k, start, end, rope, position_ids, mask, scale)
-            valid = reference.valid_cells(q, mask, tril_mask, _longest(max_span_length))
-            return (scores * torch.where(valid, dscores, 0)).sum()
-
-        # dscores has the dtype of q: float16 and bfloat16 are computed in float32, and rounded once.
-        wide = dscores.to(_compute_dtype(dscores))
-        ddscores, *found = _second(total, wide, others[:4], others[4:])
-        return [ddscores.to(dscores.dtype), *found]
-
-    return _by_sequences(part, dscores[:1].numel(), dscores, *tensors)
-
-
-def _positive(cells: Tensor, first: int, rows: int, n: int) -> tuple[Tensor, Tensor]:
-    """Cells of the rows from `first` on that are labels, and those in neither sum: bool [rows, n, n] each."""
-    count = rows * n * n
-
-    def dense(keys: Tensor) -> Tensor:
-        local = keys - first * n * n
-        local = torch.where((local >= 0) & (local < count), local, count)
-        flags = torch.zeros(count + 1, dtype=torch.bool, device=cells.device).index_fill(0, local, True)
-        return flags[:count].reshape(rows, n, n)
-
-    return dense(cells), dense(-1 - cells)
-
-
-def _loss_double_backward(dloss: Tensor, *arguments: Any) -> list[Tensor]:
-    *tensors, cells, start, end, mask, position_ids, rope, tril_mask, max_span_length, scale = arguments
-    n, H = tensors[6].shape[1], dloss.shape[1]
-
-    def part(b: int, dloss: Tensor, *tensors: Any) -> list[Tensor]:
-        *others, mask, position_ids = tensors
-        cotangents, (log_negative, log_positive), inputs = others[:4], others[4:6], others[6:]
-
-        def total(dloss: Tensor, q: Tensor, k: Tensor, start: Tensor | None, end: Tensor | None) -> Tensor:
-            scores = reference.plain_scores(q, k, start, end, rope, position_ids, mask, scale)
-            valid = reference.valid_cells(q, mask, tril_mask, _longest(max_span_length))
-            positive, neither = (x.reshape(scores.shape) for x in _positive(cells, b * H, dloss.numel(), n))
-            negative, positive = reference.loss_log_sums(scores, positive, valid & ~neither)
-            negative = negative.masked_fill(log_negative == torch.inf, 0)  # as in _loss_formula
-            positive = positive.masked_fill(log_positive == torch.inf, 0)
-            return (dloss * (negative + positive)).sum()
-
-        return _second(total, dloss, cotangents, inputs)
-
-    return _by_sequences(part, H * n * n, dloss, *tensors, start, end, mask, position_ids)
-
-
-def _divergence_double_backward(ddivergence: Tensor, *arguments: Any) -> list[Tensor]:
-    *tensors, rope, tril_mask, max_span_length, scale = arguments
-    n = tensors[8].shape[1]
-
-    def part(_: int, ddivergence: Tensor, *tensors: Tensor | None) -> list[Tensor]:
-        *others, mask, position_ids = tensors
-
-        def total(ddivergence: Tensor, *inputs: Any) -> Tensor:
-            q, k, start, end, q2, k2, start2, end2 = inputs
-            first = reference.plain_scores(q, k, start, end, rope, position_ids, mask, scale)
-            second = reference.plain_scores(q2, k2, start2, end2, rope, position_ids, mask, scale)
-            valid = reference.valid_cells(q, mask, tril_mask, _longest(max_span_length))
-            return (ddivergence * reference.divergence(first, second, valid)).sum()
-
-        return _second(total, ddivergence, others[:8], others[8:])
-
-    return _by_sequences(part, ddivergence.shape[1] * n * n, ddivergence, *tensors)
-
-
-register_through_reference("global_pointer_scores_double_backward", _scores_double_backward)
-register_through_reference("global_pointer_loss_double_backward", _loss_double_backward)
-register_through_reference("global_pointer_divergence_double_backward", _divergence_double_backward)
+scores = differentiable("global_pointer_scores", _plain_scores, _save, _scores_formula)
+loss = differentiable("global_pointer_loss", _plain_loss, _loss_save, _loss_formula)
+divergence = differentiable("global_pointer_divergence", _plain_divergence, _save, _divergence_formula)
+decode = differentiable(
+    "global_pointer_decode",
+    _plain_decode,
+    _decode_save,
+    _decode_formula,
+    no_vmap="global_pointer_decode finds another number of spans in each slice of vmap: give it the slices as a batch",
+)

@@ -1,7 +1,7 @@
 """Fake kernels and autograd formulas of linear attention. Schemas: csrc/ops.cpp. Kernels: csrc/cpu, _triton.
 
-First derivatives are kernels. Derivatives of derivatives go through the differentiable reference: they are right to any
-order, at the reference's speed and memory.
+First derivatives are kernels. Derivatives of derivatives, and in forward mode, go through the differentiable reference:
+they are right to any order, at the reference's speed and memory.
 """
 
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastnlp_ops._ops._through_reference import gradients, leaves, register_through_reference
+from fastnlp_ops._ops._autograd import differentiable, is_dual, library, through_plain, vjp
 from fastnlp_ops.linear_attention_state import LinearAttentionState
 from fastnlp_ops.reference.linear_attention import (
     EXPONENTIAL,
@@ -21,7 +21,6 @@ from fastnlp_ops.reference.linear_attention import (
     quadratic,
 )
 
-_OPS = torch.ops.fastnlp_ops
 _OPTIONS = 5  # feature_map, causal, normalize, scale, eps: what is no tensor, behind all that is
 
 
@@ -59,14 +58,34 @@ def _(dout, dkv, dkey_sum, q, k, v, out, z, final_kv, final_sum, final_max, mask
     return _like(q, q, k, v, log_decay, *others[:2])
 
 
-@torch.library.register_fake("fastnlp_ops::linear_attention_double_backward")
-def _(dout, dkv, dkey_sum, dq, dk, dv, dg, dkv0, dsum0, q, k, v, mask, cu_q, cu_k, log_decay, *others):
-    return _like(q, dout, dkv, dkey_sum, q, k, v, log_decay, *others[:2])
-
-
 @torch.library.register_fake("fastnlp_ops::linear_attention_step")
 def _(q, k, v, *others):
     return v.new_empty((*q.shape[:2], v.shape[2]))
+
+
+def _plain(q: Tensor, k: Tensor, v: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
+    """The results in the compute type, but the output; without the normaliser, which the backward pass reads."""
+    *layout, kv, key_sum, key_max, feature_map, causal, normalize, scale, eps = inputs
+    state = None if kv is None else LinearAttentionState(kv, key_sum, key_max)
+    form = quadratic if causal else bidirectional
+    out, after = attend(form, q, k, v, FEATURE_MAPS[feature_map], normalize, scale, eps, *layout, state)
+    key_max = out.new_empty(0) if after.key_max is None else after.key_max
+    return out.to(v.dtype), out.new_empty(0), after.kv, after.key_sum, key_max
+
+
+def _plain_backward(dout: Any, dkv: Any, dkey_sum: Any, *inputs: Any) -> tuple[Tensor, ...]:
+    q, k, v, *_ = inputs[:8]
+    mask, cu_seqlens_q, cu_seqlens_k, log_decay, kv, key_sum, *others = inputs[8:]
+
+    def outputs(q: Tensor, k: Tensor, v: Tensor, *scores: Any) -> tuple[Tensor, Tensor, Tensor]:
+        out, _, kv, key_sum, _ = _plain(q, k, v, mask, cu_seqlens_q, cu_seqlens_k, *scores, *others)
+        return out, kv, key_sum
+
+    found = vjp(outputs, (q, k, v, log_decay, kv, key_sum), (dout, dkv, dkey_sum))
+    return tuple(q.new_zeros(0) if x is None else x for x in found)
+
+
+_backward = through_plain("linear_attention_backward", _plain_backward, results=range(6, 11))
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -78,94 +97,19 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 
 def _formula(ctx: Any, dout: Tensor | None, _: None, dkv: Tensor | None, dkey_sum: Tensor | None, __: None) -> Any:
-    q, k, v, *layout = ctx.saved_tensors[:-5]
-    output = ctx.saved_tensors[-5:]
     upstream = [_dense(x) for x in (dout, dkv, dkey_sum)]
+    saved = ctx.saved_tensors  # once: under activation checkpointing each reading computes them anew
+    (q, k, v, *layout), output = saved[:-5], saved[-5:]
     if all(x is None for x in upstream):
         return (None,) * (10 + _OPTIONS)
-    dq, dk, dv, *others = _OPS.linear_attention_backward(*upstream, q, k, v, *output, *layout, *ctx.options)
+    dq, dk, dv, *others = _backward(*upstream, q, k, v, *output, *layout, *ctx.options)
     return dq, dk, dv, None, None, None, *_where_given(others, layout[3:6]), None, *[None] * _OPTIONS
 
 
-torch.library.register_autograd("fastnlp_ops::linear_attention", _formula, setup_context=_save)
+run = differentiable("linear_attention", _plain, _save, _formula)
 
 
-class _Eager(torch.autograd.Function):
-    """The same formula without torch.library in between, which reads the 15 arguments of the schema one by one.
-
-    At 1 x 1 x 1 x 8, timed in turns, the op takes 82 us through the registered formula and 19 us through this.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
-        with torch._C._AutoDispatchBelowAutograd():
-            output = _OPS.linear_attention.default(*inputs)
-        _save(ctx, inputs, output)
-        return output
-
-    @staticmethod
-    def backward(ctx: Any, *upstream: Any) -> Any:
-        return _formula(ctx, *upstream)
-
-
-def run(inputs: Sequence[Any]) -> tuple[Tensor, ...]:
-    """The op, for eager training by the shorter way."""
-    asked = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs[:-_OPTIONS])
-    if asked and not torch.compiler.is_compiling():
-        return _Eager.apply(*inputs)
-    return _OPS.linear_attention(*inputs)
-
-
-def _backward_save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.options = inputs[-_OPTIONS:]
-    # Not the results of the forward pass: they are functions of its inputs, which stand for them.
-    ctx.save_for_backward(*inputs[:6], *inputs[11:-_OPTIONS])
-    ctx.set_materialize_grads(False)
-
-
-def _backward_formula(ctx: Any, *cotangents: Tensor | None) -> Any:
-    upstream, inputs = ctx.saved_tensors[:3], ctx.saved_tensors[3:]
-    found = _OPS.linear_attention_double_backward(*upstream, *cotangents, *inputs, *ctx.options)
-    dupstream, (dq, dk, dv, *others) = _where_given(found[:3], upstream), found[3:]
-    others = _where_given(others, inputs[6:9])
-    return *dupstream, dq, dk, dv, *[None] * 5, None, None, None, *others, None, *[None] * _OPTIONS
-
-
-torch.library.register_autograd(
-    "fastnlp_ops::linear_attention_backward", _backward_formula, setup_context=_backward_save
-)
-
-
-def _double_backward(*arguments: Any) -> list[Tensor]:
-    """Gradients by upstream and inputs of sum(cotangents * gradients by inputs of sum(upstream * outputs))."""
-    upstream, cotangents, given = arguments[:3], arguments[3:9], arguments[9:-_OPTIONS]
-    feature_map, causal, normalize, scale, eps = arguments[-_OPTIONS:]
-    q, k, v, mask, cu_seqlens_q, cu_seqlens_k, log_decay, kv, key_sum, key_max = given
-    wide = compute_dtype(q)
-    inputs = (q, k, v, log_decay, kv, key_sum)
-    weights = leaves(*(None if x is None else x.to(wide) for x in upstream))
-    q, k, v, log_decay, kv, key_sum = read = leaves(*(None if x is None else x.to(wide) for x in inputs))
-    state = None if kv is None else LinearAttentionState(kv, key_sum, key_max)
-    layout = (mask, cu_seqlens_q, cu_seqlens_k, log_decay, state)
-    form = quadratic if causal else bidirectional
-    out, after = attend(form, q, k, v, FEATURE_MAPS[feature_map], normalize, scale, eps, *layout)
-    nothing = (q * 0).sum()  # on the graph, where no sequence is
-    outputs = zip(weights, (out, after.kv, after.key_sum), strict=True)
-    total = sum(((w * x).sum() for w, x in outputs if w is not None), nothing)
-    there = [x for x in read if x is not None]
-    first = iter(gradients(total, there))
-    pairs = [(c, next(first)) for c, x in zip(cotangents, read, strict=True) if x is not None]
-    asked = [x for x in (*weights, *there) if x is not None]
-    second = iter(gradients(sum(((c * f).sum() for c, f in pairs if c is not None), nothing), asked))
-    given = (*upstream, *inputs)  # dense, as the fake says
-    return [inputs[0].new_empty(0) if x is None else next(second).to(x.dtype).contiguous() for x in given]
-
-
-register_through_reference("linear_attention_double_backward", _double_backward)
-
-
-_STEP = _OPS.linear_attention_step.default
-_library = torch.library.Library("fastnlp_ops", "IMPL")
+_STEP = torch.ops.fastnlp_ops.linear_attention_step.default
 
 
 def _step(keyset: Any, *arguments: Any) -> Tensor:
@@ -173,9 +117,11 @@ def _step(keyset: Any, *arguments: Any) -> Tensor:
     if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in arguments):
         sentence = "linear_attention_step has no gradient: call it under torch.no_grad(), or train on linear_attention"
         raise NotImplementedError(sentence)
+    if is_dual(arguments):
+        raise NotImplementedError("linear_attention_step has no forward-mode derivative: take that of linear_attention")
     torch.autograd.graph.increment_version([x for x in arguments[3:6] if x is not None])
     with torch._C._AutoDispatchBelowADInplaceOrView():
         return _STEP.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, *arguments)
 
 
-_library.impl("linear_attention_step", _step, "Autograd", with_keyset=True)
+library.impl("linear_attention_step", _step, "Autograd", with_keyset=True)

@@ -1,6 +1,6 @@
 """Fake kernels and autograd formulas of the MEMM ops. Schemas: csrc/ops.cpp. Kernels: csrc/{cpu,cuda}/memm.*.
 
-First derivatives are kernels; derivatives of derivatives go through the differentiable reference.
+First derivatives are kernels; derivatives of derivatives, and in forward mode, go through the differentiable reference.
 """
 
 from typing import Any
@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_OPS = torch.ops.fastnlp_ops
+from fastnlp_ops import reference
+from fastnlp_ops._ops._autograd import differentiable, through_plain, vjp
 
 
 @torch.library.register_fake("fastnlp_ops::memm_log_likelihood")
@@ -21,6 +22,29 @@ def _(grad, emissions, tags, transitions, mask, bidirectional, transition_grad):
     return emissions.new_empty(emissions.shape), transitions.new_empty(transitions.shape if transition_grad else 0)
 
 
+def _plain(emissions: Tensor, tags: Tensor, transitions: Tensor, mask: Tensor | None, bidirectional: bool) -> Tensor:
+    return reference.memm_log_likelihood(emissions, tags, transitions, mask=mask, bidirectional=bidirectional)
+
+
+def _plain_backward(
+    grad: Tensor,
+    emissions: Tensor,
+    tags: Tensor,
+    transitions: Tensor,
+    mask: Tensor | None,
+    bidirectional: bool,
+    transition_grad: bool,
+) -> tuple[Tensor, Tensor]:
+    def value(emissions: Tensor, transitions: Tensor) -> Tensor:
+        return _plain(emissions, tags, transitions, mask, bidirectional)
+
+    demissions, dtransitions = vjp(value, (emissions, transitions), (grad,))
+    return demissions, dtransitions if transition_grad else grad.new_zeros(0)
+
+
+_backward = through_plain("memm_log_likelihood_backward", _plain_backward)
+
+
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     *tensors, ctx.bidirectional = inputs
     ctx.save_for_backward(*tensors)
@@ -28,46 +52,8 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _formula(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     transition_grad = ctx.needs_input_grad[2]
-    demissions, dtransitions = _OPS.memm_log_likelihood_backward(
-        grad.contiguous(), *ctx.saved_tensors, ctx.bidirectional, transition_grad
-    )
+    demissions, dtransitions = _backward(grad.contiguous(), *ctx.saved_tensors, ctx.bidirectional, transition_grad)
     return demissions, None, dtransitions if transition_grad else None, None, None
 
 
-torch.library.register_autograd("fastnlp_ops::memm_log_likelihood", _formula, setup_context=_setup)
-
-
-def _backward_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, ctx.bidirectional, ctx.transition_grad = inputs
-    ctx.save_for_backward(*tensors)
-    ctx.set_materialize_grads(False)
-
-
-def _backward_formula(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
-    from fastnlp_ops.reference.memm import memm_log_likelihood
-
-    grad, emissions, tags, transitions, mask = ctx.saved_tensors
-    create_graph = torch.is_grad_enabled()
-    with torch.enable_grad():
-        upstream, *scores = (
-            x if x.requires_grad else x.detach().requires_grad_() for x in (grad, emissions, transitions)
-        )
-        value = memm_log_likelihood(scores[0], tags, scores[1], mask=mask, bidirectional=ctx.bidirectional)
-        # Where a value is -inf its gradients are finite: only they are used.
-        total = (value.nan_to_num(neginf=0.0) * upstream).sum()
-        first = torch.autograd.grad(total, scores, create_graph=True)
-        inner = [(c * f).sum() for c, f in zip(cotangents, first, strict=True) if c is not None and c.numel()]
-        if not inner:
-            return (None,) * 7
-        dgrad, demissions, dtransitions = torch.autograd.grad(
-            torch.stack([x.to(value.dtype) for x in inner]).sum(),
-            [upstream, *scores],
-            create_graph=create_graph,
-            materialize_grads=True,
-        )
-    return dgrad, demissions, None, dtransitions, None, None, None
-
-
-torch.library.register_autograd(
-    "fastnlp_ops::memm_log_likelihood_backward", _backward_formula, setup_context=_backward_setup
-)
+log_likelihood = differentiable("memm_log_likelihood", _plain, _setup, _formula)
