@@ -41,6 +41,11 @@ STABLE_TORCH_LIBRARY(fastnlp_ops, m) {
       "crf_entropy_backward(Tensor grad, Tensor emissions, Tensor transitions, Tensor? start_transitions, "
       "Tensor? end_transitions, Tensor? mask, Tensor? cu_seqlens) -> "
       "(Tensor demissions, Tensor dtransitions, Tensor dstart_transitions, Tensor dend_transitions)");
+  m.def(
+      "crf_log_partition_double_backward(Tensor grad, Tensor? demissions_grad, Tensor? dtransitions_grad, "
+      "Tensor? dstart_transitions_grad, Tensor? dend_transitions_grad, Tensor emissions, Tensor transitions, "
+      "Tensor? start_transitions, Tensor? end_transitions, Tensor? mask, Tensor? cu_seqlens) -> "
+      "(Tensor dgrad, Tensor demissions, Tensor dtransitions, Tensor dstart_transitions, Tensor dend_transitions)");
 
   // Maximum-entropy Markov model.
   m.def(

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastnlp_ops._ops._autograd import is_dual
+
 ALL_PHASES = 15
 OPTIONS = 15  # numbers of a group
 
@@ -144,6 +146,8 @@ class Call:
 
     def run(self, phases: int = ALL_PHASES) -> None:
         """The step, or some phases of it."""
+        if is_dual(self.grads):
+            raise NotImplementedError("adafactor has no forward-mode derivative: step outside of dual_level and jvp")
         torch.ops.fastnlp_ops.adafactor_step_(
             self.params,
             self.grads,

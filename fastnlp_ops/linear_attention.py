@@ -12,11 +12,10 @@ over all keys j, or where ``causal`` over j <= t. What the functions below share
 - Sums are float32 (float64 for float64 inputs), whatever the dtype of the inputs.
 """
 
-import torch
 from torch import Tensor
 
 from fastnlp_ops._linear_attention_inputs import kernel_inputs, step_inputs
-from fastnlp_ops._ops.linear_attention import run
+from fastnlp_ops._ops.linear_attention import run, step
 from fastnlp_ops.linear_attention_state import LinearAttentionState
 
 
@@ -165,5 +164,5 @@ def linear_attention_step(
         As :func:`linear_attention`: equations (18) to (20).
     """
     inputs, factor = step_inputs(q, k, v, state, feature_map, normalize, scale, eps, log_decay)
-    out: Tensor = torch.ops.fastnlp_ops.linear_attention_step(*inputs)
+    out: Tensor = step(*inputs)
     return out if factor == 1 else out * factor

@@ -331,7 +331,7 @@ def _normaliser(e: Tensor, matrix: Tensor) -> Tensor:
     N = e.size(2)
     readable = e.device.type == "cpu"
     if not torch.jit.is_scripting():
-        readable = is_eager() and readable and is_concrete(e)
+        readable = readable and is_eager() and is_concrete(e)
     if readable:
         # One float64 product. It is right unless a sum is so small that terms of it may have vanished, which asks for
         # scores some 1300 nats apart, or -inf; looking at the sums would make the host wait for a GPU.

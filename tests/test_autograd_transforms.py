@@ -6,7 +6,9 @@ import pytest
 import torch
 import torch.autograd.forward_ad as fw
 from differentiable import CASES, MASK, TAGS, B, T, draw
+from tools import assert_same
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
+from torch.utils.checkpoint import checkpoint
 
 import fastnlp_ops
 from fastnlp_ops import reference
@@ -210,6 +212,22 @@ LAYERS = {
         lambda layer, x, _, mask: layer(x, x, x, key_padding_mask=~mask, is_causal=True)[0].sin().sum(),
     ),
 }
+
+
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_layers_checkpointed(name, use_reentrant, device):
+    make, width, loss = LAYERS[name]
+    layer = make().double().to(device)
+    inputs = (torch.randn(B, T, width, dtype=torch.float64, device=device), TAGS.to(device), MASK.to(device))
+    found = []
+    for wrap in (lambda call, *x: call(*x), functools.partial(checkpoint, use_reentrant=use_reentrant)):
+        layer.zero_grad()
+        x = inputs[0].clone().requires_grad_()
+        wrap(functools.partial(loss, layer), x, *inputs[1:]).backward()
+        found.append([x.grad, *(parameter.grad for parameter in layer.parameters())])
+    for own, plain in zip(*found, strict=True):
+        assert_same(own, plain)
 
 
 @pytest.mark.parametrize("name", LAYERS)

@@ -108,6 +108,7 @@ def op_arguments(problem):
     grad = torch.randn(problem.batch, dtype=transitions.dtype, device=emissions.device)
     backward = (emissions.detach(), *detached, True)
     paths, _ = torch.ops.fastnlp_ops.crf_viterbi(emissions.detach(), *detached)
+    cotangents = [None if score is None else torch.randn_like(score) for score in detached[:3]]
     return {
         "crf_log_partition": (emissions, *tail, True),
         "crf_log_partition_backward": (grad, messages, *backward),
@@ -119,6 +120,7 @@ def op_arguments(problem):
         "crf_entropy": (emissions, *tail),
         "crf_viterbi_backward": (grad, paths, emissions.detach(), *detached),
         "crf_entropy_backward": (grad, emissions.detach(), *detached),
+        "crf_log_partition_double_backward": (grad, emissions.detach(), *cotangents, emissions.detach(), *detached),
     }
 
 
@@ -133,6 +135,7 @@ OPS = [
     "crf_sample",
     "crf_entropy",
     "crf_entropy_backward",
+    "crf_log_partition_double_backward",
 ]
 
 

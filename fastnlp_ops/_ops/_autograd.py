@@ -73,12 +73,17 @@ def differentiable(
         with torch._C._AutoDispatchBelowAutograd():
             return op.redispatch(keyset & torch._C._after_autograd_keyset, *inputs)
 
+    def in_plain(*inputs: Any) -> Any:
+        with _without_autocast(inputs):
+            return plain(*inputs)
+
     def call(*inputs: Any) -> Any:
-        if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+        if torch.compiler.is_compiling():
+            return in_plain(*inputs) if torch._C._are_functorch_transforms_active() else op(*inputs)
+        if torch._C._get_tracing_state() is not None:
             return op(*inputs)
         if forward_ad._current_level >= 0:
-            with _without_autocast(inputs):
-                return plain(*inputs)
+            return in_plain(*inputs)
         if torch._C._are_functorch_transforms_active():
             return transformed(*inputs)
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs):

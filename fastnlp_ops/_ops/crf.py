@@ -86,6 +86,11 @@ def _(emissions, transitions, start, end, mask, cu_seqlens):
     return emissions.new_empty(_batch(emissions, cu_seqlens), dtype=_compute_dtype(emissions))
 
 
+@torch.library.register_fake("fastnlp_ops::crf_log_partition_double_backward")
+def _(grad, de, dt, ds, dn, emissions, transitions, start, end, mask, cu_seqlens):
+    return torch.empty_like(grad), *_fake_backward(emissions, transitions, True)
+
+
 @torch.library.register_fake("fastnlp_ops::crf_viterbi_backward")
 def _(grad, paths, emissions, transitions, start, end, mask, cu_seqlens):
     return _fake_backward(emissions, transitions, True)
@@ -122,6 +127,42 @@ def _plain_log_partition_backward(grad: Tensor, _: Tensor, *inputs: Any) -> tupl
     return found if transition_grad else (found[0], grad.new_zeros(0), *found[2:])
 
 
+def _plain_double_backward(
+    grad: Tensor, de: _Scores, dt: _Scores, ds: _Scores, dn: _Scores, *inputs: Any
+) -> tuple[Tensor, ...]:
+    *scores, mask, cu_seqlens = inputs
+
+    def slopes(grad: Tensor, *scores: Any) -> tuple[Tensor, ...]:
+        return _plain_log_partition_backward(grad, grad, *scores, mask, cu_seqlens, True)
+
+    found = vjp(slopes, (grad, *scores), (de, dt, ds, dn))
+    return tuple(grad.new_zeros(scores[1].shape[-1]) if x is None else x for x in found)
+
+
+_double_backward = through_plain("crf_log_partition_double_backward", _plain_double_backward, kernel=True)
+
+
+def _backward_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    grad, _, *tensors, ctx.transition_grad = inputs
+    ctx.save_for_backward(grad, *tensors)
+    ctx.set_materialize_grads(False)
+
+
+def _backward_formula(ctx: Any, de: _Scores, dt: _Scores, ds: _Scores, dn: _Scores) -> tuple[_Scores, ...]:
+    """Through an op, for marginals are this in their forward pass: the loop over steps is no part of their graph."""
+    grad, *inputs = ctx.saved_tensors
+    cotangents = (de, dt if ctx.transition_grad else None, ds, dn)
+    if all(x is None for x in cotangents):
+        return (None,) * 9
+    dgrad, *dscores = _double_backward(grad, *cotangents, *inputs)
+    return (dgrad, None, *_where_given(dscores, inputs), None, None, None)
+
+
+log_partition_backward = differentiable(
+    "crf_log_partition_backward", _plain_log_partition_backward, _backward_setup, _backward_formula
+)
+
+
 def _plain_log_likelihood(emissions: Tensor, tags: Tensor, *inputs: Any) -> tuple[Tensor, Tensor]:
     *scores, mask, cu_seqlens = inputs[:5]
     value = reference.crf_log_likelihood(emissions, tags, *scores, mask=mask, cu_seqlens=cu_seqlens)
@@ -141,10 +182,9 @@ def _plain_log_likelihood_backward(
 
 
 def _forward(
-    name: str, plain: Callable[..., Any], plain_backward: Callable[..., Any], has_tags: bool
-) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """What to call in the place of op `name`, crf_log_partition or crf_log_likelihood, and of its backward op."""
-    backward = through_plain(f"{name}_backward", plain_backward, results=(1,))
+    name: str, plain: Callable[..., Any], backward: Callable[..., Any], has_tags: bool
+) -> Callable[..., tuple[Tensor, Tensor]]:
+    """What to call in the place of op `name`, crf_log_partition or crf_log_likelihood."""
 
     def setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         tensors = inputs[: 7 if has_tags else 6]
@@ -175,15 +215,12 @@ def _forward(
         )
 
     forward = differentiable(name, plain, setup, formula)
-    return forward, backward
+    return forward
 
 
-log_partition, log_partition_backward = _forward(
-    "crf_log_partition", _plain_log_partition, _plain_log_partition_backward, has_tags=False
-)
-log_likelihood, log_likelihood_backward = _forward(
-    "crf_log_likelihood", _plain_log_likelihood, _plain_log_likelihood_backward, has_tags=True
-)
+log_likelihood_backward = through_plain("crf_log_likelihood_backward", _plain_log_likelihood_backward, results=(1,))
+log_partition = _forward("crf_log_partition", _plain_log_partition, log_partition_backward, has_tags=False)
+log_likelihood = _forward("crf_log_likelihood", _plain_log_likelihood, log_likelihood_backward, has_tags=True)
 
 
 class EagerLogLikelihood(torch.autograd.Function):

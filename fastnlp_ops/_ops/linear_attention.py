@@ -125,3 +125,12 @@ def _step(keyset: Any, *arguments: Any) -> Tensor:
 
 
 library.impl("linear_attention_step", _step, "Autograd", with_keyset=True)
+
+
+def step(*arguments: Any) -> Tensor:
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        raise NotImplementedError(
+            "linear_attention_step changes its state in place: under torch.func, give linear_attention the token and "
+            "the state as initial_state"
+        )
+    return _STEP(*arguments)
