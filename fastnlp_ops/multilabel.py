@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fastnlp_ops._global_pointer_inputs import check_integers, shape_of
 from fastnlp_ops._ops import multilabel as ops
+from fastnlp_ops._ops._autograd import is_dual
 from fastnlp_ops._reduction import check_reduction, reduce_rows
 
 
@@ -60,7 +61,7 @@ def multilabel_categorical_crossentropy(scores: Tensor, labels: Tensor, *, reduc
     _check_device("labels", labels, scores)
     if labels.is_complex():
         raise TypeError(f"labels must be bool, integer or floating point, got {labels.dtype}")
-    if labels.requires_grad:
+    if labels.requires_grad or is_dual((labels,)):
         raise ValueError("labels must not require a gradient: detach them")
     if labels.is_floating_point():
         labels = labels.to(torch.float64 if scores.dtype == torch.float64 else torch.float32)

@@ -35,7 +35,13 @@ def is_dual(inputs: Sequence[Any]) -> bool:
     """Whether forward-mode AD differentiates by one of the inputs."""
     if forward_ad._current_level < 0:
         return False
-    return any(isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None for x in inputs)
+    return any(isinstance(x, Tensor) and _tangent(x) is not None for x in inputs)
+
+
+def _tangent(x: Tensor) -> Tensor | None:
+    while torch._C._functorch.is_batchedtensor(x):  # vmap has no rule for what is asked here
+        x = torch._C._functorch.get_unwrapped(x)
+    return forward_ad.unpack_dual(x).tangent
 
 
 def differentiable(
@@ -134,11 +140,18 @@ def through_plain(
 
             return vjp(of_those, [inputs[i] for i in by], cotangents)
 
-        with _without_autocast(inputs):
-            split = [(inputs, cotangents)] if parts is None else parts(inputs, cotangents)
+        def all_parts(*tensors: Any) -> tuple[Tensor, ...]:
+            given, rest = list(inputs), iter(tensors)
+            for i in by:
+                given[i] = next(rest)
+            above = [None if c is None else next(rest) for c in cotangents]
+            split = [(given, above)] if parts is None else parts(given, above)
             found = [one_part(*part) for part in split]
-        for i, pieces in zip(by, zip(*found, strict=True), strict=True):
-            gradients[i] = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+            return tuple(x[0] if len(x) == 1 else torch.cat(x) for x in zip(*found, strict=True))
+
+        there = [x for x in cotangents if x is not None]
+        for i, x in zip(by, _recomputed(all_parts, *(inputs[i] for i in by), *there), strict=True):
+            gradients[i] = x
         return tuple(gradients)
 
     if kernel:
@@ -189,8 +202,13 @@ def _for_torch_func(
                 raise NotImplementedError(no_vmap)
             return _one_by_one(call, info.batch_size, in_dims, inputs)
 
+    def transformed(*inputs: Any) -> Any:
+        if torch._C._functorch.peek_interpreter_stack().key() == torch._C._functorch.TransformType.Functionalize:
+            return op(*inputs)  # which takes no autograd.Function, and need not know one
+        return Transformed.apply(*inputs)
+
     Transformed.__name__ = Transformed.__qualname__ = name
-    return Transformed.apply  # type: ignore[no-any-return]
+    return transformed
 
 
 def vjp(
@@ -236,6 +254,39 @@ def _recorded_vjp(
         return torch.autograd.grad(outputs, copies, above, create_graph=create_graph, materialize_grads=True)
 
 
+class _Recomputed(torch.autograd.Function):
+    """A function as one node of the graph: its derivatives compute it again, and none of its parts is recorded.
+
+    So autocast has no part in its derivatives, even where they are taken under it: what torch records obeys it there.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, function: Callable[..., tuple[Tensor, ...]], *inputs: Tensor) -> tuple[Tensor, ...]:
+        ctx.function = function
+        ctx.save_for_backward(*inputs)
+        ctx.set_materialize_grads(False)
+        with _without_autocast(inputs):
+            return function(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        inputs, there = ctx.saved_tensors, [x for x in cotangents if x is not None]
+
+        def slopes(*tensors: Tensor) -> tuple[Tensor, ...]:
+            rest = iter(tensors[len(inputs) :])
+            above = [None if c is None else next(rest) for c in cotangents]
+            return tuple(vjp(ctx.function, tensors[: len(inputs)], above))
+
+        return (None, *_recomputed(slopes, *inputs, *there))
+
+
+def _recomputed(function: Callable[..., tuple[Tensor, ...]], *inputs: Tensor) -> tuple[Tensor, ...]:
+    if is_eager() and torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs):
+        return _Recomputed.apply(function, *inputs)  # type: ignore[no-any-return]
+    with _without_autocast(inputs):
+        return function(*inputs)
+
+
 def _register_kernel(name: str, plain: Callable[..., Any]) -> None:
     # A kernel runs below autograd, where nothing is recorded; this one differentiates, so it starts afresh.
     include, exclude = torch._C._dispatch_tls_local_include_set, torch._C.DispatchKeySet(torch._C.DispatchKey.Undefined)
@@ -255,11 +306,14 @@ def _one_by_one(
     call: Callable[..., Any], size: int, in_dims: Sequence[int | None], inputs: Sequence[Any]
 ) -> tuple[Any, Any]:
     """`call` of each slice along in_dims, and its results in a stack along dimension 0."""
-    slices = [
-        [x] * size if dim is None else x.movedim(dim, 0).contiguous().unbind()
-        for x, dim in zip(inputs, in_dims, strict=True)
-    ]
-    outputs = [call(*one) for one in zip(*slices, strict=True)]
+
+    def slices(x: Any, dim: int | None) -> Sequence[Any]:
+        if dim is None:
+            return [x] * max(1, size)
+        x = x.movedim(dim, 0)
+        return x.contiguous().unbind() if size else [x.new_zeros(x.shape[1:])]  # of none: for the shapes of results
+
+    outputs = [call(*one) for one in zip(*map(slices, inputs, in_dims), strict=True)]
     if isinstance(outputs[0], Tensor):
-        return torch.stack(outputs), 0
-    return tuple(torch.stack(parts) for parts in zip(*outputs, strict=True)), (0,) * len(outputs[0])
+        return torch.stack(outputs)[:size], 0
+    return tuple(torch.stack(parts)[:size] for parts in zip(*outputs, strict=True)), (0,) * len(outputs[0])

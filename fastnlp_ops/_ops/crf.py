@@ -224,11 +224,7 @@ log_likelihood = _forward("crf_log_likelihood", _plain_log_likelihood, log_likel
 
 
 class EagerLogLikelihood(torch.autograd.Function):
-    """crf_log_likelihood, or its sum, for eager training: fewer visits to Python than the general way makes.
-
-    At 1 x 128 x 9, timed in turns, op, sum and backward take 164 us through the registered formula and 120 us through
-    this.
-    """
+    """crf_log_likelihood, or its sum, for eager training: the sum is part of the node, and needs none of its own."""
 
     @staticmethod
     def forward(ctx: Any, summed: bool, check_start: bool, *inputs: _Scores) -> Tensor:
