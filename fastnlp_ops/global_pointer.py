@@ -79,7 +79,7 @@ def global_pointer_scores(
     Precision:
         Angles of RoPE in float64, dot products in float32 (float64 for float64 inputs), rounded once to the dtype of
         the result: products that overflow float16 before they are scaled do no harm. Deterministic. Differentiable
-        twice, the second time through the plain PyTorch reference.
+        to any order and in forward mode, beyond the first through the plain PyTorch reference.
 
     References:
         Su et al., "Global Pointer: Novel Efficient Span-based Approach for Named Entity Recognition" (2022), arXiv
@@ -218,7 +218,8 @@ def global_pointer_divergence(
         TypeError: for a dtype that is not listed.
 
     Precision:
-        float32 (float64 for float64 inputs). Deterministic. Differentiable twice, in both passes.
+        float32 (float64 for float64 inputs). Deterministic. Differentiable in both passes, otherwise as
+        :func:`global_pointer_scores`.
 
     References:
         Liang et al., "R-Drop: Regularized Dropout for Neural Networks" (2021), arXiv 2106.14448, equation (3). The form

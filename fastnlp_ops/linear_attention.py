@@ -93,8 +93,8 @@ def linear_attention(
         and of "exp" the rounded logarithm of the normaliser: an error of 1e-7 times the largest exponent. NaN or inf in
         a token stays in its sequence and the heads that share its key, causal in later tokens. Deterministic: the same
         bits for every run and number of threads. The backward pass saves inputs, output, one number for each token and
-        head, and the state. Differentiable twice, the second time through the plain PyTorch reference, which where
-        causal holds a tensor of [T, T] for each head ("exp": [T, T, Dk]).
+        head, and the state. Differentiable to any order and in forward mode, beyond the first through the plain
+        PyTorch reference, which where causal holds a tensor of [T, T] for each head ("exp": [T, T, Dk]).
 
     References:
         Katharopoulos et al., "Transformers are RNNs" (2020), arXiv 2006.16236, equations (4) to (12). "softmax": Shen

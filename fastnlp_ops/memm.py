@@ -64,7 +64,8 @@ def memm_log_likelihood(
 
     Precision:
         float32 (float64 where an input is) with float64 sums over steps. Bitwise repeatable, with any number of
-        threads. Differentiable twice, the second time through the plain PyTorch reference.
+        threads. Differentiable to any order and in forward mode, beyond the first through the plain PyTorch
+        reference.
 
     References:
         McCallum, Freitag and Pereira, "Maximum Entropy Markov Models for Information Extraction and Segmentation"

@@ -48,7 +48,7 @@ def multilabel_categorical_crossentropy(scores: Tensor, labels: Tensor, *, reduc
 
     Precision:
         Against float64, |error| <= 1e-6 max(1, L) for float32 scores up to 100; finite for finite scores.
-        Deterministic. Differentiable twice in the scores.
+        Deterministic. Differentiable in the scores to any order and in forward mode.
 
     References:
         Su et al., "ZLPR: A Novel Loss for Multi-label Classification" (2022), arXiv 2208.02955, section 3. Soft

@@ -92,7 +92,7 @@ def _attention(sizes=ATTENTION_SIZES, state=False, decay=False, part=None, **opt
         if state:
             exponential = options["feature_map"] in ("exp", "softmax")
             kv, key_sum = rest
-            maximum = torch.ones(key_sum.shape, dtype=q.dtype, device=q.device) if exponential else None
+            maximum = torch.ones(key_sum.shape, dtype=key_sum.dtype, device=q.device) if exponential else None
             given["initial_state"] = LinearAttentionState(kv, key_sum.square() + 1, maximum)  # a sum of similarities
         found = module.linear_attention(q, k, v, **given, return_state=part is not None)
         return found if part is None else found[1][part]

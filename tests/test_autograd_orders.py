@@ -4,6 +4,7 @@ import contextlib
 
 import pytest
 import torch
+import torch.autograd.forward_ad as fw
 from differentiable import CASES, draw
 from tools import assert_same
 from torch.utils.checkpoint import checkpoint
@@ -41,6 +42,39 @@ def test_orders(name, device):
         for create_graph in (False, True):
             found = derivatives(lambda *x: case.call(fastnlp_ops, *x), leaves, orders, create_graph)
             assert_close(found, expected[:orders])
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name.startswith("global_pointer")])
+def test_sequences_in_turn(name, device, monkeypatch):
+    """Second derivatives of GlobalPointer, one sequence after the other."""
+    case = CASES[name]
+    leaves = draw(case, device)
+    expected = derivatives(lambda *x: case.call(fastnlp_ops, *x), leaves, 2)
+    monkeypatch.setattr("fastnlp_ops._ops.global_pointer._CELLS", 1)
+    assert_close(derivatives(lambda *x: case.call(fastnlp_ops, *x), leaves, 2), expected)
+
+
+@each_case
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["f16", "bf16"])
+def test_half(name, dtype, device):
+    """Derivatives of every kind in the dtype of what they are taken by."""
+    case = CASES[name]
+    leaves = [x.detach().to(dtype).requires_grad_() for x in draw(case, device)]
+
+    def call(*leaves):
+        if not name.startswith("linear_attention"):
+            return case.call(fastnlp_ops, *leaves)
+        q, k, v, *others = leaves  # states and decays are float32 there
+        return case.call(fastnlp_ops, q, k, v, *(x.float() for x in others))
+
+    value = call(*leaves)
+    first, second = derivatives(call, leaves, 2)  # those of second order may be beyond float16
+    assert all(x.dtype == dtype for x in first + second) and all(x.isfinite().all() for x in first)
+    with fw.dual_level():
+        duals = [fw.make_dual(x.detach(), torch.ones_like(x)) for x in leaves]
+        found, tangent = fw.unpack_dual(call(*duals))
+        assert found.dtype == tangent.dtype == value.dtype
+        assert torch.allclose(found, value, rtol=2e-2, atol=2e-2)
 
 
 @contextlib.contextmanager

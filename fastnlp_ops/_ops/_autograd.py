@@ -98,7 +98,7 @@ def differentiable(
             return op(*inputs)
 
     transformed = _for_torch_func(name, call, setup, formula, no_vmap)
-    Node.__name__ = Node.__qualname__ = name
+    _rename(Node, name)
     library.impl(name, kernel, "Autograd", with_keyset=True)
     return call
 
@@ -207,7 +207,7 @@ def _for_torch_func(
             return op(*inputs)  # which takes no autograd.Function, and need not know one
         return Transformed.apply(*inputs)
 
-    Transformed.__name__ = Transformed.__qualname__ = name
+    _rename(Transformed, name)
     return transformed
 
 
@@ -230,7 +230,7 @@ def vjp(
     if torch._C._are_functorch_transforms_active():
         # The inputs are outputs too, with cotangents of 0: for inputs that nothing flows to torch.func.vjp makes zeros
         # from tensors of a level that is gone, and fails where it is nested.
-        _, pull = torch.func.vjp(lambda *given: (*used(*given), *given), *there)
+        pull: Any = torch.func.vjp(lambda *given: (*used(*given), *given), *there)[1]
         found = iter(pull((*above, *(torch.zeros_like(x) for x in there))))
     else:
         found = iter(_recorded_vjp(used, there, above))
@@ -252,6 +252,12 @@ def _recorded_vjp(
             return [torch.zeros_like(x) for x in inputs]
         outputs, above = ([pair[i] for pair in pairs] for i in (0, 1))
         return torch.autograd.grad(outputs, copies, above, create_graph=create_graph, materialize_grads=True)
+
+
+def _rename(function: Any, name: str) -> None:
+    """So that grad_fn, profiles and errors name the op."""
+    function.__name__ = function.__qualname__ = name
+    function._backward_cls.__name__ = f"{name}_backward"
 
 
 class _Recomputed(torch.autograd.Function):
@@ -282,7 +288,7 @@ class _Recomputed(torch.autograd.Function):
 
 def _recomputed(function: Callable[..., tuple[Tensor, ...]], *inputs: Tensor) -> tuple[Tensor, ...]:
     if is_eager() and torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs):
-        return _Recomputed.apply(function, *inputs)  # type: ignore[no-any-return]
+        return _Recomputed.apply(function, *inputs)
     with _without_autocast(inputs):
         return function(*inputs)
 

@@ -65,10 +65,11 @@ def _(q, k, v, *others):
 
 def _plain(q: Tensor, k: Tensor, v: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
     """The results in the compute type, but the output; without the normaliser, which the backward pass reads."""
-    *layout, kv, key_sum, key_max, feature_map, causal, normalize, scale, eps = inputs
+    mask, cu_seqlens_q, cu_seqlens_k, log_decay, kv, key_sum, key_max, feature_map, causal, *options = inputs
     state = None if kv is None else LinearAttentionState(kv, key_sum, key_max)
+    layout: Any = (*options, mask, cu_seqlens_q, cu_seqlens_k, log_decay, state)
     form = quadratic if causal else bidirectional
-    out, after = attend(form, q, k, v, FEATURE_MAPS[feature_map], normalize, scale, eps, *layout, state)
+    out, after = attend(form, q, k, v, FEATURE_MAPS[feature_map], *layout)
     key_max = out.new_empty(0) if after.key_max is None else after.key_max
     return out.to(v.dtype), out.new_empty(0), after.kv, after.key_sum, key_max
 

@@ -1,4 +1,4 @@
-"""Every op in plain PyTorch: any device, any dtype, differentiable twice, written to be read. Slow on purpose."""
+"""Every op in plain PyTorch: any device and dtype, differentiable to any order, written to be read. Slow on purpose."""
 
 from fastnlp_ops.reference.adafactor import adafactor_step_
 from fastnlp_ops.reference.crf import (

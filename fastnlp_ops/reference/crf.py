@@ -30,7 +30,7 @@ in value and exactly 0 in gradient, to any order: log Z = -inf gives log-likelih
 gold path gives log-likelihood -inf and the gradient indicator - marginals. An empty sequence has log Z = 0.
 
 Any device. Computes in float64 where a floating input is, else in float32. All but the integer results can be
-differentiated twice.
+differentiated to any order, in both modes.
 
 References:
     Viterbi: Error bounds for convolutional codes and an asymptotically optimum decoding algorithm. 1967.

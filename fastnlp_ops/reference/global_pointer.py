@@ -31,7 +31,7 @@ Gradients follow from dL/ds of reference/multilabel.py and ds: with G = dL/ds [n
     dq_i = scale R_i^T sum_j G_ij R_j k_j      dstart_i = sum_j G_ij
     dk_j = scale R_j^T sum_i G_ij R_i q_i      dend_j   = sum_i G_ij
 
-Any device; half precision is computed in float32; what returns numbers is differentiable twice.
+Any device; half precision is computed in float32; what returns numbers is differentiable to any order.
 
 References:
     Su, Murtadha, Pan, Hou, Sun, Huang, Wen, Liu: Global Pointer: Novel Efficient Span-based Approach for Named Entity

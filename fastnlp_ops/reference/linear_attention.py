@@ -37,8 +37,8 @@ Backward, with dnum_t = dout_t / guard(z_t), dz_t = -(dnum_t . out_t) (0 where g
     dv_j      = sum_t phi(q_t) . phi(k_j) dnum_t
     dg_t      = sum_{i >= t} (phi(q_i) . dphi(q_i) - phi(k_i) . dphi(k_i)) + <dS_T, S_T> + <ds_T, s_T>
 
-Any device; half precision is computed in float32; differentiable twice. :func:`linear_attention` takes the recurrent
-sums of all keys at once where it is bidirectional, and where it is causal the matrix sim, [T, T] and for exp
+Any device; half precision is computed in float32; differentiable to any order. :func:`linear_attention` takes the
+recurrent sums of all keys at once where it is bidirectional, and where it is causal the matrix sim, [T, T] and for exp
 [T, T, Dk]; :func:`linear_attention_recurrent` goes token by token in both.
 
 References:

@@ -23,7 +23,7 @@ bidirectional (f_k + r_k) / 2. A step whose normaliser is -inf has no distributi
 the chain the tag that leads there is forbidden.
 
 The mask may be any pattern: k counts the valid steps, the neighbour of a step is the next valid one. Masked values are
-never read, whatever they are. Any device; half precision is computed in float32; differentiable twice.
+never read, whatever they are. Any device; half precision is computed in float32; differentiable to any order.
 
 References:
     McCallum, Freitag, Pereira: Maximum Entropy Markov Models for Information Extraction and Segmentation. ICML 2000.

@@ -26,7 +26,7 @@ Sums over N are taken over N. bert4keras and its ports take the sum over all cla
 (Su 2022a), log_negative = a + log(1 - e^{b - a}): from s_p = 12 on, float32 cancels to a negative loss, and the clamp
 that hides this gives gradients of the wrong sign. That is not reproduced.
 
-Any device; half precision is computed in float32; differentiable twice.
+Any device; half precision is computed in float32; differentiable to any order.
 
 References:
     Su, Zhu, Murtadha, Pan, Wen, Liu: ZLPR: A Novel Loss for Multi-label Classification. arXiv 2208.02955, 2022.
