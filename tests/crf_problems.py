@@ -196,14 +196,24 @@ def compute_dtype(problem):
     return torch.float64 if problem.emissions.dtype == torch.float64 else torch.float32
 
 
-def check_forward(function, problem):
+def largest_term(function, problem):
+    """Of the differences log Z of some paths - log Z, which cancel."""
+    if function not in (log_likelihood, partial_log_likelihood):
+        return 0.0
+    sums = log_partition(reference, problem.to(torch.float64))
+    return torch.where(sums.isfinite(), sums, 0).abs().max().item() if sums.numel() else 0.0
+
+
+def check_forward(function, problem, floor=0.0):
+    """`floor`: of the rounding level."""
     actual = function(fastnlp_ops, problem)
     assert actual.dtype == compute_dtype(problem)
     plain = function(reference, problem.to(torch.float32))
-    assert_within_budget(actual, plain, function(reference, problem.to(torch.float64)), function.__name__)
+    exact = function(reference, problem.to(torch.float64))
+    assert_within_budget(actual, plain, exact, function.__name__, floor, largest_term(function, problem))
 
 
-def check_backward(function, problem):
+def check_backward(function, problem, floor=0.0):
     # Every sequence has its own upstream gradient, of any sign; the first has none.
     exact = function(reference, problem.to(torch.float64))
     weights = torch.randn(exact.shape, device=exact.device)
@@ -212,6 +222,72 @@ def check_backward(function, problem):
     plain = gradients(function, reference, problem, torch.float32, weights)
     exact = gradients(function, reference, problem, torch.float64, weights)
     names = ["demissions", "dtransitions", "dstart_transitions", "dend_transitions"][: len(ours)]
-    level = max(rounding_level(*pair) for pair in zip(plain, exact, strict=True))
+    level = max(floor, *(rounding_level(*pair) for pair in zip(plain, exact, strict=True)))
     for name, *results in zip(names, ours, plain, exact, strict=True):
         assert_within_budget(*results, f"{name} of {function.__name__}", level)
+
+
+def own_scores(problem, paths):
+    """Float64 scores [B] of given paths, and a bound of what additions in the problem's dtype round off them."""
+    emissions, *rest = problem.to(torch.float64).scores
+    score = reference.crf_score(emissions, paths, *rest, **problem.layout)
+    terms = [x.nan_to_num(0, 0, 0).abs().flatten() for x in (emissions, *rest) if x is not None]
+    size = torch.cat([*terms, torch.ones(1, device=emissions.device)]).max().item()
+    T = problem.emissions.shape[-2]  # 2 T + 1 partial sums, none larger than as many terms
+    return score, (2 * T + 1) ** 2 * size * torch.finfo(compute_dtype(problem)).eps
+
+
+def padding_of(problem):
+    """The steps [B, T] ([total]) that belong to no sequence."""
+    on = torch.zeros(problem.emissions.shape[:-1], dtype=torch.bool, device=problem.emissions.device)
+    for b in range(problem.batch):
+        on[problem.rows(b)] = True
+    return ~on
+
+
+def check_paths(problem, n_best):
+    """Paths are legal, -1 at masked steps, best first, distinct, and have the scores that they are given."""
+    paths, scores = fastnlp_ops.crf_viterbi(*problem.scores, **problem.layout, n_best=n_best)
+    exact = reference.crf_viterbi(*problem.to(torch.float64).scores, **problem.layout, n_best=n_best)[1]
+    plain = reference.crf_viterbi(*problem.to(torch.float32).scores, **problem.layout, n_best=n_best)[1]
+    assert_within_budget(scores, plain, exact, "scores")
+    assert paths.dtype == torch.int64
+    if n_best == 1:
+        paths, scores = paths.unsqueeze(-2), scores[:, None]
+    assert (scores[:, :-1] >= scores[:, 1:]).all()
+    padding = padding_of(problem)
+    packed = problem.cu_seqlens is not None
+    for rank in range(n_best):
+        own = paths[rank] if packed else paths[:, rank]
+        assert (own[padding] == -1).all()
+        missing = scores[:, rank] == -math.inf
+        for b in missing.nonzero()[:, 0].tolist() if rank > 0 else []:
+            assert (own[problem.rows(b)] == -1).all()
+        reachable = (~missing).nonzero()[:, 0].tolist()
+        for b in reachable:
+            tags = own[problem.rows(b)]
+            assert ((tags >= 0) & (tags < problem.emissions.shape[-1])).all()
+        score, slack = own_scores(problem, own)
+        assert ((score - scores[:, rank])[reachable].abs() <= slack).all()
+    for b in range(problem.batch):
+        own = paths[:, problem.positions(b)] if packed else paths[b][:, problem.positions(b)]
+        existing = [
+            tuple(path) for path, score in zip(own.tolist(), scores[b].tolist(), strict=True) if score > -math.inf
+        ]
+        assert len(set(existing)) == len(existing)
+
+
+def check_samples(problem, num_samples=2):
+    """Samples are legal paths, -1 at masked steps."""
+    samples = fastnlp_ops.crf_sample(*problem.scores, **problem.layout, num_samples=num_samples)
+    assert samples.dtype == torch.int64
+    assert samples.shape == (num_samples, *problem.emissions.shape[:-1])
+    padding = padding_of(problem)
+    possible = reference.crf_log_partition(*problem.to(torch.float64).scores, **problem.layout) > -math.inf
+    for sample in samples:
+        assert (sample[padding] == -1).all()
+        for b in possible.nonzero()[:, 0].tolist():
+            tags = sample[problem.rows(b)]
+            assert ((tags >= 0) & (tags < problem.emissions.shape[-1])).all()
+        score, _ = own_scores(problem, sample)
+        assert (score[possible] > -math.inf).all(), "a forbidden path was drawn"

@@ -91,6 +91,20 @@ def test_viterbi_is_that_of_one_sequence(N, mask, per_position, device):
         assert_same(scores[b], score[0])
 
 
+@pytest.mark.parametrize("mask", ["prefix", "left", "holes"])
+@pytest.mark.parametrize("ban", [0.0, 0.3])
+@pytest.mark.parametrize("std", [1, 15, 25, 100, 1_000, 10_000])
+def test_ended_and_failed_lanes_add_nothing(std, ban, mask, device):
+    """Lanes that have ended or failed hold inf and NaN beside those that go on: large scores and forbidden transitions
+    make lanes fail, ragged masks end them, and 12 problems give every mixture of both.
+    """
+    for N in (2, 3, 5, 9, 17, 24) * 2:
+        problem = make_problem(B=11, T=39, N=N, device=device, mask=mask, ban=ban, std=std)
+        for function in (log_partition, log_likelihood):
+            check_forward(function, problem)
+            check_backward(function, problem)
+
+
 def test_viterbi_neighbours_of_nan(device):
     problem = make_problem(B=12, T=14, N=6, device=device)
     paths, scores = fastnlp_ops.crf_viterbi(*problem.scores)

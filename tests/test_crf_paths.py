@@ -8,7 +8,8 @@ import pytest
 import torch
 from crf_problems import (
     FUNCTIONS,
-    compute_dtype,
+    check_paths,
+    check_samples,
     entropy,
     enumerate_paths,
     log_likelihood,
@@ -20,7 +21,7 @@ from crf_problems import (
 )
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tools import assert_same, assert_within_budget
+from tools import assert_same
 
 import fastnlp_ops
 from fastnlp_ops import reference
@@ -48,57 +49,6 @@ each_function = pytest.mark.parametrize("function", FUNCTIONS, ids=lambda functi
 each_case = pytest.mark.parametrize("case", CASES)
 
 
-def own_scores(problem, paths):
-    """Float64 scores [B] of given paths, and a bound of what additions in the problem's dtype round off them."""
-    emissions, *rest = problem.to(torch.float64).scores
-    score = reference.crf_score(emissions, paths, *rest, **problem.layout)
-    size = emissions.nan_to_num(0, 0, 0).abs()
-    size = size.max().item() if size.numel() else 0.0
-    # T partial sums, none larger than T + 2 terms; 8 bounds the normal draws of transitions and bounds.
-    T = problem.emissions.shape[-2]
-    return score, (T + 2) ** 2 * (size + 8) * torch.finfo(compute_dtype(problem)).eps
-
-
-def padding_of(problem):
-    """The steps [B, T] ([total]) that belong to no sequence."""
-    on = torch.zeros(problem.emissions.shape[:-1], dtype=torch.bool, device=problem.emissions.device)
-    for b in range(problem.batch):
-        on[problem.rows(b)] = True
-    return ~on
-
-
-def check_paths(problem, n_best):
-    """Paths are legal, -1 at masked steps, best first, distinct, and have the scores that they are given."""
-    paths, scores = fastnlp_ops.crf_viterbi(*problem.scores, **problem.layout, n_best=n_best)
-    exact = reference.crf_viterbi(*problem.to(torch.float64).scores, **problem.layout, n_best=n_best)[1]
-    plain = reference.crf_viterbi(*problem.to(torch.float32).scores, **problem.layout, n_best=n_best)[1]
-    assert_within_budget(scores, plain, exact, "scores")
-    assert paths.dtype == torch.int64
-    if n_best == 1:
-        paths, scores = paths.unsqueeze(-2), scores[:, None]
-    assert (scores[:, :-1] >= scores[:, 1:]).all()
-    padding = padding_of(problem)
-    packed = problem.cu_seqlens is not None
-    for rank in range(n_best):
-        own = paths[rank] if packed else paths[:, rank]
-        assert (own[padding] == -1).all()
-        missing = scores[:, rank] == -math.inf
-        for b in missing.nonzero()[:, 0].tolist() if rank > 0 else []:
-            assert (own[problem.rows(b)] == -1).all()
-        reachable = (~missing).nonzero()[:, 0].tolist()
-        for b in reachable:
-            tags = own[problem.rows(b)]
-            assert ((tags >= 0) & (tags < problem.emissions.shape[-1])).all()
-        score, slack = own_scores(problem, own)
-        assert ((score - scores[:, rank])[reachable].abs() <= slack).all()
-    for b in range(problem.batch):
-        own = paths[:, problem.positions(b)] if packed else paths[b][:, problem.positions(b)]
-        existing = [
-            tuple(path) for path, score in zip(own.tolist(), scores[b].tolist(), strict=True) if score > -math.inf
-        ]
-        assert len(set(existing)) == len(existing)
-
-
 @pytest.mark.parametrize("n_best", [1, 2, 5])
 @each_case
 def test_paths(case, n_best, device):
@@ -110,22 +60,6 @@ def test_paths(case, n_best, device):
 )
 def test_more_paths_than_exist(case, device):
     check_paths(make_problem(device=device, **CASES[case]), n_best=40)
-
-
-def check_samples(problem, num_samples=2):
-    """Samples are legal paths, -1 at masked steps."""
-    samples = fastnlp_ops.crf_sample(*problem.scores, **problem.layout, num_samples=num_samples)
-    assert samples.dtype == torch.int64
-    assert samples.shape == (num_samples, *problem.emissions.shape[:-1])
-    padding = padding_of(problem)
-    possible = reference.crf_log_partition(*problem.to(torch.float64).scores, **problem.layout) > -math.inf
-    for sample in samples:
-        assert (sample[padding] == -1).all()
-        for b in possible.nonzero()[:, 0].tolist():
-            tags = sample[problem.rows(b)]
-            assert ((tags >= 0) & (tags < problem.emissions.shape[-1])).all()
-        score, _ = own_scores(problem, sample)
-        assert (score[possible] > -math.inf).all(), "a forbidden path was drawn"
 
 
 @settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])

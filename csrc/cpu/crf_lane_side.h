@@ -24,6 +24,7 @@ struct LaneSide : LaneRows {
   float *p, *r, *next;
   float* outer;      // demissions at the outer end of each half
   float* buffer;     // [8, N] rows of half precision
+  float* zeros;      // [N], the message of a lane that has ended
   float* x;          // [8 steps, N, 8]
   Float8 d[kBlock];  // what x was divided by, as a logarithm
   float* p_rows;     // [16, N, 8], as in crf_side.h
@@ -33,7 +34,7 @@ struct LaneSide : LaneRows {
   bool paired = false;  // pairs hold something
 
   static int64_t elements(int64_t n) {
-    return (5 + kBlock + 2 * kPending + n) * n * kLanes + (SPREAD ? 2 * n * n * kLanes : 0);
+    return (6 + kBlock + 2 * kPending + n) * n * kLanes + (SPREAD ? 2 * n * n * kLanes : 0);
   }
 
   LaneSide(const CrfWork& w, const CrfSequence* s, int count, Part part, const Matrix<float>& matrix, int64_t padded,
@@ -43,7 +44,7 @@ struct LaneSide : LaneRows {
         products(matrix.products),
         transposed(matrix.transposed),
         stride(padded) {
-    float** const all[] = {&p, &r, &next, &outer, &buffer, &x};
+    float** const all[] = {&p, &r, &next, &outer, &buffer, &zeros, &x};
     for (float** array : all) {
       *array = memory;
       memory += n * kLanes;
@@ -51,6 +52,7 @@ struct LaneSide : LaneRows {
     p_rows = memory + (kBlock - 1) * n * kLanes;
     w_rows = p_rows + kPending * n * kLanes;
     pairs = w_rows + kPending * n * kLanes;
+    std::memset(zeros, 0, static_cast<size_t>(n) * sizeof(float));
     if (!SPREAD) return;
     float* const spread = pairs + n * n * kLanes;
     products = spread_matrix(matrix.products, n, padded, 1, spread);
@@ -125,10 +127,13 @@ struct LaneSide : LaneRows {
   void write_message(int64_t step, int live) const {
     if (work.messages) scatter(p, n, live, rows_of(messages, step, false, live));
   }
-  // to <- the stored messages; a lane whose message is kept as logarithms fails.
+  // to <- the stored messages, 0 in lanes that have ended: their products are added to `pairs` like all others. A lane
+  // whose message is kept as logarithms fails.
   void read_message(int64_t step, int live, float* to) {
     const int64_t n = this->n;
-    gather(rows_of(messages, step, true, live), n, to);
+    Rows rows = rows_of(messages, step, true, live);
+    for (int l = live; l < kLanes; ++l) rows.at[l] = reinterpret_cast<int64_t>(zeros);
+    gather(rows, n, to);
     Mask8 negative = {};
 #pragma GCC unroll 4
     for (int64_t j = 0; j < n; ++j) negative |= (Mask8)load(to + j * kLanes);
@@ -189,9 +194,10 @@ struct LaneSide : LaneRows {
     failed |= ~usable & lanes;
     const Float8 inverse = splat(1.0f) / sum;
     if (work.transition_grad) {
-      const Float8 both = usable & lanes ? scale * inverse : Float8{};
+      const Float8 both = scale * inverse;
+      const Mask8 counted = usable & lanes;  // the numbers of other lanes may be inf or NaN
 #pragma GCC unroll 4
-      for (int64_t j = 0; j < n; ++j) store(w + j * kLanes, load(weight + j * kLanes) * both);
+      for (int64_t j = 0; j < n; ++j) store(w + j * kLanes, masked(load(weight + j * kLanes) * both, counted));
     }
     this->scale = inverse;
     write_gradients(step, live, message, sign, grad);

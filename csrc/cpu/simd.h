@@ -57,6 +57,14 @@ FASTNLP_INLINE V opaque(V v) {
   return v;
 }
 
+// v where the mask is set, else 0: also where v is inf or NaN, which times 0 is NaN.
+FASTNLP_INLINE Simd<float>::V masked(Simd<float>::V v, Simd<float>::I mask) {
+  return (Simd<float>::V)((Simd<float>::I)v & mask);
+}
+FASTNLP_INLINE Simd<double>::V masked(Simd<double>::V v, Simd<double>::I mask) {
+  return (Simd<double>::V)((Simd<double>::I)v & mask);
+}
+
 // A NaN in a is passed over, a NaN in b is kept.
 template <class V>
 FASTNLP_INLINE V maximum(V a, V b) {
@@ -137,9 +145,10 @@ FASTNLP_INLINE Simd<float>::V exponential(Simd<float>::V x) {
 FASTNLP_INLINE Simd<float>::V logarithm(Simd<float>::V x) {
   using V = Simd<float>::V;
   using I = Simd<float>::I;
-  const I bits = (I)x;
-  const I e = (bits - 0x3f3504f3) >> 23;  // x = 2^e * m with m in [sqrt(1/2), sqrt(2))
-  const V m = (V)(bits - (e << 23)) - splat(1.0f);
+  typedef uint32_t U __attribute__((vector_size(32)));  // wraps around
+  const U bits = (U)x;
+  const I e = (I)(bits - 0x3f3504f3u) >> 23;  // x = 2^e * m with m in [sqrt(1/2), sqrt(2))
+  const V m = (V)(bits - ((U)e << 23)) - splat(1.0f);
   const V n = __builtin_convertvector(e, V);
   const V m2 = m * m;
   V y = splat(7.0376836292e-2f);
