@@ -53,7 +53,8 @@ struct AdafactorCall {
           " entries for each group, got ", a.options.size());
     check(a.phases > 0 && a.phases <= kAdafactorAll, "phases must be in [1, 15], got ", a.phases);
     groups.resize(a.options.size() / kAdafactorOptions);
-    std::memcpy(static_cast<void*>(groups.data()), a.options.data(), a.options.size() * sizeof(double));
+    if (!groups.empty())
+      std::memcpy(static_cast<void*>(groups.data()), a.options.data(), a.options.size() * sizeof(double));
     const int64_t group_count = static_cast<int64_t>(groups.size());
     check(a.lr.dim() == 1 && a.lr.numel() == group_count && a.lr.scalar_type() == ScalarType::Double &&
               a.lr.is_contiguous(),

@@ -28,7 +28,7 @@ struct CrfProblem {
   const void* start;  // C [N], or null: zeros
   const void* end;    // C [N], or null: zeros
 
-  const bool* mask;           // [B, T] contiguous, or null: every step is on. A masked step is skipped, wherever it is
+  const Bool* mask;           // [B, T] contiguous, or null: every step is on. A masked step is skipped, wherever it is
   const int64_t* cu_seqlens;  // [B + 1], or null: padded. Sequence b is rows cu_seqlens[b] .. cu_seqlens[b + 1] - 1
 
   // Row of step t of sequence b in every contiguous output ([B, T, ...] or [total, ...]).

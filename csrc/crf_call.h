@@ -23,7 +23,8 @@ struct CrfCall {
           shape_of(emissions));
     p.tags = emissions.size(dim - 1);
     check(p.tags >= 1, "emissions must have at least one tag, got ", shape_of(emissions));
-    check(p.tags == 1 || emissions.stride(dim - 1) == 1, "emissions must have adjacent tags (stride 1)");
+    check(p.tags == 1 || emissions.stride(dim - 1) == 1 || emissions.numel() == 0,
+          "emissions must have adjacent tags (stride 1)");
     p.emissions = emissions.const_data_ptr();
     p.steps = emissions.size(dim - 2);
     p.emissions_step_stride = emissions.stride(dim - 2);
@@ -43,7 +44,7 @@ struct CrfCall {
       rows = p.batch * p.steps;
       if (mask) {
         check_dense(*mask, "mask", {p.batch, p.steps}, ScalarType::Bool, emissions);
-        p.mask = mask->const_data_ptr<bool>();
+        p.mask = static_cast<const Bool*>(mask->const_data_ptr());
       }
     }
 

@@ -29,7 +29,7 @@ struct GlobalPointerProblem {
   SpanTensor start_bias;  // [B, n, H]; data is null where there are no biases
   SpanTensor end_bias;
 
-  const bool* mask;             // [B, n] contiguous, or null: every token is on
+  const Bool* mask;             // [B, n] contiguous, or null: every token is on
   const int64_t* position_ids;  // [B, n] contiguous, or null: 0 .. n - 1
   bool rope;
   bool tril_mask;           // starts pair with ends at or behind them

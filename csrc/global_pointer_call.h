@@ -56,7 +56,7 @@ struct GlobalPointerCall {
     p.mask = nullptr;
     if (options.mask) {
       check_dense(*options.mask, "mask", {p.batch, p.length}, ScalarType::Bool, q);
-      p.mask = options.mask->const_data_ptr<bool>();
+      p.mask = static_cast<const Bool*>(options.mask->const_data_ptr());
     }
     p.position_ids = nullptr;
     if (options.position_ids) {

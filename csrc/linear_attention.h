@@ -34,7 +34,7 @@ struct LinearAttentionProblem {
   HeadTensor k;  // [B, Tk, Hkv, Dk]
   HeadTensor v;  // [B, Tk, Hkv, Dv]
 
-  const bool* key_padding_mask;  // [B, Tk], or null: every key is on
+  const Bool* key_padding_mask;  // [B, Tk], or null: every key is on
   const void* log_decay;         // C [Hkv] or, per_token, [B, T, Hkv]; null: none
   bool decay_per_token;
   const void* initial_kv;       // C [N, Hkv, F, Dv]; null: no initial state

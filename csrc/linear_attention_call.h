@@ -112,7 +112,7 @@ struct LinearAttentionCall {
     p.eps = options.eps;
     if (options.key_padding_mask) {
       check_dense(*options.key_padding_mask, "key_padding_mask", {p.batch, p.keys}, ScalarType::Bool, q);
-      p.key_padding_mask = options.key_padding_mask->const_data_ptr<bool>();
+      p.key_padding_mask = static_cast<const Bool*>(options.key_padding_mask->const_data_ptr());
     }
     if (!options.log_decay) return;
     const Tensor& decay = *options.log_decay;

@@ -27,7 +27,7 @@ struct MemmProblem {
   int64_t transitions_to_stride;
 
   const int64_t* gold;  // [B, T] contiguous
-  const bool* mask;     // [B, T] contiguous, or null: every step is on
+  const Bool* mask;     // [B, T] contiguous, or null: every step is on
   bool bidirectional;
 
   int64_t blocks() const { return (steps + kMemmBlock - 1) / kMemmBlock; }  // items of one sequence

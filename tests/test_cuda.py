@@ -69,6 +69,11 @@ def mask_of(B: int, T: int) -> Tensor:
     return mask
 
 
+def odd_bytes(mask: Tensor) -> Tensor:
+    """The same mask in bytes that a C++ bool must not have."""
+    return torch.where(mask, 2 + integers(254, *mask.shape), 0).to(torch.uint8).view(torch.bool)
+
+
 def bio(N: int) -> tuple[Tensor, Tensor]:
     """Transitions and starts with -inf where BIO forbids: tags O, B-0, I-0, B-1, I-1, ..."""
     transitions, start = randn(N, N), randn(N)
@@ -96,6 +101,7 @@ def small_cases() -> list[Case]:
     cases += [train("large N=65", 3, 5, 65), train("large N=300", 2, 4, 300)]
     for N in (5, 40, 70):
         cases.append(poison(train(f"mask N={N}", 6, 9, N, mask=mask_of(6, 9))))
+        cases.append(train(f"bytes of a mask N={N}", 6, 9, N, mask=odd_bytes(mask_of(6, 9))))
         cases.append(pack(train(f"N={N}", 1, 14, N), [3, 0, 1, 8, 2]))
         cases.append(train(f"partition N={N}", 2, 6, N, tags=None, transition_grad=N == 5))
         cases.append(train(f"per position N={N}", 2, 4, N, transitions=randn(2, 3, N, N).float()))
@@ -136,6 +142,9 @@ def all_cases() -> list[Case]:
         for std in (5, 30, 100):
             cases.append(train(f"BIO std {std} N={N}", 2, 40, N, std=std, transitions=transitions, start=start))
             cases.append(train(f"std {std} N={N}", 2, 40, N, std=std))
+        for std in (1000, 10_000):
+            rest = {"transitions": transitions, "start": start, "mask": mask_of(6, 40)}
+            cases.append(poison(train(f"BIO, mask, std {std} N={N}", 6, 40, N, std=std, **rest)))
         cases.append(train(f"-1e4 everywhere N={N}", 2, 9, N, transitions=torch.full((N, N), -1e4)))
         cases.append(
             train(

@@ -112,6 +112,16 @@ def test_without_transition_grad(program):
     assert_same(demissions, both[1])
 
 
+def test_bytes_of_a_mask(program):
+    """Any byte but 0 is true."""
+    problem = make_problem(bounds=False, **CASES["left"])
+    grad = torch.ones(problem.batch)
+    expected = run(program, problem, grad)
+    problem.mask = torch.where(problem.mask, torch.randint(2, 256, problem.mask.shape), 0).byte().view(torch.bool)
+    for own, plain in zip(run(program, problem, grad), expected, strict=True):
+        assert_same(own, plain)
+
+
 def test_tags_out_of_range(program):
     """Result and gradients of that sequence are NaN, the others are as without it."""
     problem = make_problem(bounds=False, poison=False, **CASES["left"])

@@ -23,7 +23,7 @@ struct Steps {
   int64_t count = 0;
 
   Steps(const MemmProblem& p, int64_t sequence, int64_t first, int64_t last) {
-    const bool* mask = p.mask ? p.mask + sequence * p.steps : nullptr;
+    const Bool* mask = p.mask ? p.mask + sequence * p.steps : nullptr;
     const auto on = [mask](int64_t t) { return !mask || mask[t]; };
     int64_t before = first - 1;
     while (before >= 0 && !on(before)) --before;

@@ -67,7 +67,7 @@ struct Item {
 
   static int64_t pad(int64_t n) { return (n + lanes - 1) / lanes * lanes; }
 
-  static Mask<C> labels_at(const bool* label, int64_t n) {
+  static Mask<C> labels_at(const Bool* label, int64_t n) {
     typedef uint8_t Bytes __attribute__((vector_size(lanes)));
     Bytes bytes = {};
     if (n >= lanes)
@@ -94,7 +94,7 @@ struct Item {
 
   // Each of these splits a tile: negative holds its scores on entry, and -inf instead of those of labels in the end;
   // positive holds minus the scores of labels. False where there are none: positive is not written then.
-  static bool split(const bool* label, int64_t n, C* negative, C* positive) {
+  static bool split(const Bool* label, int64_t n, C* negative, C* positive) {
     bool found = false;
     for (int64_t j = 0; j < n; ++j) found |= label[j];
     if (!found) return false;
@@ -145,7 +145,7 @@ struct Item {
         found = any(labelled);
         add(*negative_sum, negative, not_t, padded);
       } else {
-        found = work.kind == Labels::dense ? split(labels<bool>() + j, n, negative, positive)
+        found = work.kind == Labels::dense ? split(labels<Bool>() + j, n, negative, positive)
                                            : split(on + j / 64, n, negative, positive);
         add(*negative_sum, negative, static_cast<const C*>(nullptr), padded);
       }
@@ -166,7 +166,7 @@ struct Item {
         load_row(labels<C>() + j, n, padded, C{0}, t);
         soft_gradients(s, t, dloss, log_negative, log_positive, d, padded);
       } else {
-        const bool* label = work.kind == Labels::dense ? labels<bool>() + j : nullptr;
+        const Bool* label = work.kind == Labels::dense ? labels<Bool>() + j : nullptr;
         for (int64_t i = 0; i < padded; i += lanes) {
           const Mask<C> labelled = label ? labels_at(label + i, n - i) : Mask<C>{};
           const Vec<C> x = load(s + i), none = splat(kNone<C>);

@@ -8,7 +8,7 @@ constexpr int kFindWarps = 4;
 
 // One warp per sequence packs the valid steps. Eight loads are in flight at once: a mask is read at memory latency.
 __global__ void __launch_bounds__(32 * kFindWarps, 1)
-    crf_find_sequences_kernel(const bool* mask, int64_t batch, int64_t steps, int32_t* lengths, int32_t* positions) {
+    crf_find_sequences_kernel(const Bool* mask, int64_t batch, int64_t steps, int32_t* lengths, int32_t* positions) {
   constexpr int kLoads = 8;
   const int64_t b = int64_t(blockIdx.x) * kFindWarps + threadIdx.x / 32;
   const int lane = threadIdx.x % 32;

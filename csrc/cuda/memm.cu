@@ -22,7 +22,7 @@ __device__ inline void put(__half* to, float x) { *to = __float2half_rn(x); }
 __device__ inline void put(__nv_bfloat16* to, float x) { *to = __float2bfloat16_rn(x); }
 
 // The nearest valid step before or behind step t, or -1: 32 steps of the mask at a time.
-__device__ inline int64_t valid_before(const bool* mask, int64_t t, int lane) {
+__device__ inline int64_t valid_before(const Bool* mask, int64_t t, int lane) {
   if (!mask) return t - 1;
   for (; t > 0; t -= 32) {
     const int64_t at = t - 1 - lane;
@@ -31,7 +31,7 @@ __device__ inline int64_t valid_before(const bool* mask, int64_t t, int lane) {
   }
   return -1;
 }
-__device__ inline int64_t valid_behind(const bool* mask, int64_t t, int64_t steps, int lane) {
+__device__ inline int64_t valid_behind(const Bool* mask, int64_t t, int64_t steps, int lane) {
   if (!mask) return t + 1 < steps ? t + 1 : -1;
   for (; t + 1 < steps; t += 32) {
     const int64_t at = t + 1 + lane;
@@ -86,7 +86,7 @@ struct Step {
   bool valid;  // the tag is in [0, N)
 
   __device__ Step(const MemmProblem& p, int64_t b, int64_t t, int lane) {
-    const bool* mask = p.mask ? p.mask + b * p.steps : nullptr;
+    const Bool* mask = p.mask ? p.mask + b * p.steps : nullptr;
     const int64_t* gold = p.gold + b * p.steps;
     const E* e = static_cast<const E*>(p.emissions) + b * p.emissions_batch_stride + t * p.emissions_step_stride;
     const C* transitions = static_cast<const C*>(p.transitions);

@@ -64,8 +64,9 @@ struct Span {
   int64_t sequence, start, end, type;
 };
 
-// Reads one sequence as conlleval does: a step opens a span, or it continues the one before it.
-void read_spans(const int64_t* tags, const bool* mask, int64_t steps, int64_t sequence, const int64_t* roles,
+// Reads one sequence as conlleval does: a step opens a span, or it continues the one before it. `mask` holds bytes: a
+// bool array may hold any, and all but 0 are true.
+void read_spans(const int64_t* tags, const uint8_t* mask, int64_t steps, int64_t sequence, const int64_t* roles,
                 const int64_t* types, int64_t n, std::vector<Span>& spans) {
   int64_t previous = outside;
   for (int64_t t = 0; t < steps; ++t) {
@@ -94,13 +95,13 @@ void read_spans(const int64_t* tags, const bool* mask, int64_t steps, int64_t se
 Ints tags_to_spans(const Ints& tags, const Ints& roles, const Ints& types, const py::object& mask) {
   py::ssize_t batch = tags.shape(0), steps = tags.shape(1);
   Bools on;
-  const bool* mask_data = nullptr;
+  const uint8_t* mask_data = nullptr;
   if (!mask.is_none()) {
     on = mask.cast<Bools>();
     if (on.ndim() != 2 || on.shape(0) != batch || on.shape(1) != steps) {
       throw std::invalid_argument("mask must have the shape of tags");
     }
-    mask_data = on.data();
+    mask_data = reinterpret_cast<const uint8_t*>(on.data());
   }
   std::vector<Span> spans;
   const int64_t *tag = tags.data(), *role = roles.data(), *type = types.data();

@@ -65,7 +65,7 @@ void run_case(const int64_t* header) {
   p.transitions_to_stride = transposed ? N : 1;
   if (header[5]) read(start.data, N * C), p.start = start.data;
   if (header[6]) read(end.data, N * C), p.end = end.data;
-  if (header[7]) read(mask.data, B * T), p.mask = reinterpret_cast<bool*>(mask.data);
+  if (header[7]) read(mask.data, B * T), p.mask = reinterpret_cast<Bool*>(mask.data);
   if (packed) read(cu.data, (B + 1) * 8), p.cu_seqlens = reinterpret_cast<int64_t*>(cu.data);
   if (has_tags) read(tags.data, R * 8);
   if (op == kTrain) read(grad.data, B * C);

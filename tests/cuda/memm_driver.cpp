@@ -39,7 +39,7 @@ void run_case(const int64_t* header) {
   read(emissions, B * T * N * E);
   read(transitions, N * N * C);
   read(tags, B * T * 8);
-  if (header[4]) read(mask, B * T), p.mask = reinterpret_cast<bool*>(mask.data);
+  if (header[4]) read(mask, B * T), p.mask = reinterpret_cast<Bool*>(mask.data);
   read(grad, B * C);
   p.emissions = emissions.data;
   p.emissions_batch_stride = T * N;
