@@ -5,7 +5,7 @@ import itertools
 import math
 
 import torch
-from tools import assert_within_budget, rounding_level
+from tools import assert_within_budget, floor_of, rounding_level
 
 import fastnlp_ops
 from fastnlp_ops import reference
@@ -225,6 +225,22 @@ def check_backward(function, problem, floor=0.0):
     level = max(floor, *(rounding_level(*pair) for pair in zip(plain, exact, strict=True)))
     for name, *results in zip(names, ours, plain, exact, strict=True):
         assert_within_budget(*results, f"{name} of {function.__name__}", level)
+
+
+def check_at_any_scale(function, problem):
+    """Value and gradients, where scores are so large that the reference is right by luck."""
+    wide = problem.to(torch.float64)
+
+    def value(*scores):
+        return [function(reference, wide.with_scores(*scores))]
+
+    weights = torch.randn_like(value(*wide.scores)[0])
+
+    def slopes(*scores):
+        return gradients(function, reference, wide.with_scores(*scores), None, weights)
+
+    check_forward(function, problem, floor_of(value, wide.scores))
+    check_backward(function, problem, floor_of(slopes, wide.scores))
 
 
 def own_scores(problem, paths):

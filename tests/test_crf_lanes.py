@@ -5,7 +5,15 @@ kernels.
 
 import pytest
 import torch
-from crf_problems import check_backward, check_forward, gradients, log_likelihood, log_partition, make_problem
+from crf_problems import (
+    check_at_any_scale,
+    check_backward,
+    check_forward,
+    gradients,
+    log_likelihood,
+    log_partition,
+    make_problem,
+)
 from tools import assert_same
 
 import fastnlp_ops
@@ -96,13 +104,12 @@ def test_viterbi_is_that_of_one_sequence(N, mask, per_position, device):
 @pytest.mark.parametrize("std", [1, 15, 25, 100, 1_000, 10_000])
 def test_ended_and_failed_lanes_add_nothing(std, ban, mask, device):
     """Lanes that have ended or failed hold inf and NaN beside those that go on: large scores and forbidden transitions
-    make lanes fail, ragged masks end them, and 12 problems give every mixture of both.
+    make lanes fail, ragged masks end them, and three problems give mixtures of both.
     """
-    for N in (2, 3, 5, 9, 17, 24) * 2:
+    for N in (3, 9, 24):
         problem = make_problem(B=11, T=39, N=N, device=device, mask=mask, ban=ban, std=std)
         for function in (log_partition, log_likelihood):
-            check_forward(function, problem)
-            check_backward(function, problem)
+            check_at_any_scale(function, problem)
 
 
 def test_viterbi_neighbours_of_nan(device):
