@@ -7,6 +7,7 @@
 
 #include "../adafactor_call.h"
 #include "adafactor.h"
+#include "isa.h"
 
 namespace fastnlp {
 namespace {
@@ -19,9 +20,8 @@ constexpr int64_t kVectorStrip = 1 << 15;   // elements of a vector's unit
 constexpr int64_t kWorthThreads = 1 << 15;  // elements of a call that wakes other threads
 
 AdafactorKernels kernels_for(const AdafactorTensor& tensor) {
-  static const bool has_v3 = __builtin_cpu_supports("x86-64-v3");
-  return has_v3 ? v3::adafactor_kernels(tensor.param_dtype, tensor.grad_dtype)
-                : baseline::adafactor_kernels(tensor.param_dtype, tensor.grad_dtype);
+  return use_v3() ? v3::adafactor_kernels(tensor.param_dtype, tensor.grad_dtype)
+                  : baseline::adafactor_kernels(tensor.param_dtype, tensor.grad_dtype);
 }
 
 // The kinds of units, in the order in which a tensor goes through them.
@@ -111,7 +111,8 @@ struct Step {
     item.kernels = kernels_for(t);
     const double step = static_cast<double>(a.steps.const_data_ptr<float>()[i]) + 1;
     item.step = adafactor_scalars(*item.group, step, a.lr.const_data_ptr<double>()[t.group], grad_factor() * clip);
-    item.key = adafactor_key(static_cast<uint64_t>(a.seed), static_cast<uint64_t>(step), t.id);
+    const double counted = step >= 0 && step < 0x1p63 ? step : 0;  // another loader may have written anything
+    item.key = adafactor_key(static_cast<uint64_t>(a.seed), static_cast<uint64_t>(counted), t.id);
     item.sharded = !a.shards.empty();
     if (t.whole_numel == 0) return;
     scratch = std::max(scratch, item.kernels.scratch(item));

@@ -58,6 +58,7 @@ struct CrfKernels {
   void (*prepare)(const CrfWork&);
   size_t (*chain_scratch)(const CrfProblem&);
   size_t (*path_scratch)(const CrfWork&, int64_t longest);
+  size_t (*n_best_scratch)(const CrfWork&, int64_t longest);
 
   int64_t (*filter)(const CrfWork&, const CrfSequence&, void* scratch);  // the first k with a tag out of range, or -1
   void (*smooth)(const CrfWork&, const CrfSequence&, void* scratch, const CrfSums&);

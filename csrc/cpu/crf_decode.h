@@ -211,11 +211,9 @@ void viterbi_n_best(const CrfWork& work, const CrfSequence& sequence, void* scra
   }
   if (length == 0) return;
   const int64_t width = n * best;
-  C* a = walk.memory;                                           // [2, N, K]
-  C* list = a + 2 * width;                                      // [K]
-  C* e = list + best;                                           // [P]
-  int64_t* from = reinterpret_cast<int64_t*>(e + walk.padded);  // [length + 1, N, K], -1: no such path
-  int64_t* origins = from;
+  int64_t* origins = reinterpret_cast<int64_t*>(walk.memory);   // [length + 1, N, K], -1: no such path
+  C* a = reinterpret_cast<C*>(origins + (length + 1) * width);  // [2, N, K]
+  C* e = a + 2 * width;                                         // [P]
   const auto insert = [&](C score, int64_t origin, C* to, int64_t* to_origin) {
     int64_t r = best;
     while (r > 0 && (to_origin[r - 1] < 0 || score > to[r - 1])) --r;
@@ -359,9 +357,12 @@ CrfKernels decode_kernels() {
     const int64_t padded = padded_tags<C, BLOCK>(w.problem.tags);
     const int64_t walk = Walk<C, BLOCK>::elements(w.problem);
     const int64_t rows = (longest + Chain<C, BLOCK>::rows + 2) * padded;
-    const int64_t lists = w.n_best > 1 ? (2 * w.problem.tags + 1) * w.n_best + padded : 0;
-    const int64_t origins = w.n_best > 1 ? (longest + 1) * w.problem.tags * w.n_best : 0;
-    return static_cast<size_t>(walk + rows + lists + 8) * sizeof(C) + static_cast<size_t>(origins) * sizeof(int64_t);
+    return static_cast<size_t>(walk + rows + 8) * sizeof(C);
+  };
+  kernels.n_best_scratch = [](const CrfWork& w, int64_t longest) -> size_t {
+    const int64_t padded = padded_tags<C, BLOCK>(w.problem.tags), lists = w.problem.tags * w.n_best;
+    const int64_t numbers = Walk<C, BLOCK>::elements(w.problem) + 2 * lists + padded + 8;
+    return static_cast<size_t>(numbers) * sizeof(C) + static_cast<size_t>((longest + 1) * lists) * sizeof(int64_t);
   };
   kernels.viterbi = viterbi<C, BLOCK>;
   kernels.viterbi_n_best = viterbi_n_best<C, BLOCK>;

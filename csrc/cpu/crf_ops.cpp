@@ -8,6 +8,7 @@
 
 #include "../crf_call.h"
 #include "crf.h"
+#include "isa.h"
 #include "threads.h"
 
 namespace fastnlp {
@@ -16,8 +17,7 @@ namespace {
 using OptionalTensor = std::optional<Tensor>;
 
 CrfKernels kernels_for(const CrfProblem& problem) {
-  static const bool has_v3 = __builtin_cpu_supports("x86-64-v3");
-  return has_v3 ? v3::crf_kernels(problem) : baseline::crf_kernels(problem);
+  return use_v3() ? v3::crf_kernels(problem) : baseline::crf_kernels(problem);
 }
 
 // The valid steps of every sequence, longest sequence first so that the last thread to finish has little left to do.
@@ -46,7 +46,7 @@ struct Plan {
         s.length = 0;
         for (int64_t t = 0; t < p.steps; ++t) {
           to[s.length] = static_cast<int32_t>(t);
-          s.length += p.mask[s.row0 + t];
+          s.length += p.mask[s.row0 + t] ? 1 : 0;
         }
         if (s.length > 0 && to[s.length - 1] != s.length - 1) s.positions = to;  // else a prefix, or all
       }
@@ -107,8 +107,12 @@ struct Run {
   }
   template <class Kernel>
   void each_path(Kernel kernel) const {
+    each_path(kernel, kernels.path_scratch(work, plan.longest));
+  }
+  template <class Kernel>
+  void each_path(Kernel kernel, size_t bytes) const {
     parallel(call.problem.batch, [&](int64_t begin, int64_t end) {
-      const Memory scratch(kernels.path_scratch(work, plan.longest));
+      const Memory scratch(bytes);
       for (int64_t r = begin; r < end; ++r) kernel(work, plan.sequences[r], scratch.get());
     });
   }
@@ -273,7 +277,7 @@ std::tuple<Tensor, Tensor> crf_viterbi_n_best(const Tensor& emissions, const Ten
   run.work.paths = paths.mutable_data_ptr<int64_t>();
   run.work.scores = scores.mutable_data_ptr();
   run.work.n_best = n_best;
-  run.each_path(run.kernels.viterbi_n_best);
+  run.each_path(run.kernels.viterbi_n_best, run.kernels.n_best_scratch(run.work, run.plan.longest));
   return {paths, scores};
 }
 

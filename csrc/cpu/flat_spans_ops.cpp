@@ -75,6 +75,8 @@ Tensor flat_spans(Tensor spans, Tensor scores, int64_t sequences, int64_t length
   const bool wide = scores.scalar_type() == ScalarType::Double;
   check_dense(scores, "scores", {count}, wide ? ScalarType::Double : ScalarType::Float, spans);
   check(sequences >= 0 && length >= 0, "sequences and length must be at least 0, got ", sequences, " and ", length);
+  check(sequences <= INT32_MAX && length <= INT32_MAX, "sequences and length must be below 2^31, got ", sequences,
+        " and ", length);
   const int64_t* span = spans.const_data_ptr<int64_t>();
   std::vector<int64_t> first_row(sequences + 1), rows(count);  // the spans of a sequence, in the order of the list
   for (int64_t i = 0; i < count; ++i) {

@@ -5,6 +5,7 @@
 #include <tuple>
 
 #include "global_pointer_spans.h"
+#include "isa.h"
 
 namespace fastnlp {
 namespace {
@@ -12,8 +13,7 @@ namespace {
 using OptionalTensor = std::optional<Tensor>;
 
 GlobalPointerKernels kernels_for(const GlobalPointerProblem& problem) {
-  static const bool has_v3 = __builtin_cpu_supports("x86-64-v3");
-  return has_v3 ? v3::global_pointer_kernels(problem) : baseline::global_pointer_kernels(problem);
+  return use_v3() ? v3::global_pointer_kernels(problem) : baseline::global_pointer_kernels(problem);
 }
 
 struct Run {
@@ -38,6 +38,10 @@ struct Run {
   void labels(const Tensor& tensor) {
     check(tensor.dim() == 1, "cells must be [M], got ", shape_of(tensor));
     check_dense(tensor, "cells", {tensor.size(0)}, ScalarType::Long, call.q);
+    const GlobalPointerProblem& p = call.problem;
+    int64_t all = p.length * p.length;  // n is below 2^31
+    const bool fits = !__builtin_mul_overflow(all, p.batch, &all) && !__builtin_mul_overflow(all, p.heads, &all);
+    check(fits, "q must have fewer than 2^63 cells [B, H, n, n], got ", shape_of(call.q));
     cells = tensor.const_data_ptr<int64_t>();
     cell_count = tensor.size(0);
   }

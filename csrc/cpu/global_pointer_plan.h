@@ -139,11 +139,13 @@ class SpanLabels {
           const int64_t excluded = none < none_end ? -1 - none_end[-1] : INT64_MAX;
           const int64_t labelled = some < some_end ? *some : INT64_MAX;
           const int64_t key = std::min(excluded, labelled);
-          if (excluded == key)
-            --none_end;
-          else
+          const bool is_label = none == none_end || labelled < excluded;
+          if (is_label)
             ++some;
-          if (key != before) place(pass, key - base, h, excluded != key);
+          else
+            --none_end;
+          // Cells that are not sorted may lead anywhere.
+          if (key != before && key >= base && key - base < area) place(pass, key - base, h, is_label);
           before = key;
         }
       }
@@ -158,7 +160,6 @@ class SpanLabels {
  private:
   // First pass: counts at tile + 2. Second pass: the start of tile t is at t + 1 and moves on to its end.
   void place(int pass, int64_t cell, int64_t head, bool positive) {
-    if (cell < 0 || cell >= p_.length * p_.length) return;
     const int32_t start = token_[cell / p_.length], end = token_[cell % p_.length];
     if (start < 0 || end < sequence_.first[start] || end >= sequence_.last[start]) return;
     const int64_t tile = start / kSpanRows * sequence_.column_blocks() + end / kSpanColumns;

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "../linear_attention_call.h"
+#include "isa.h"
 #include "linear_attention.h"
 #include "threads.h"
 
@@ -14,8 +15,7 @@ namespace {
 using OptionalTensor = std::optional<Tensor>;
 
 LinearAttentionKernels kernels_for(DType dtype) {
-  static const bool has_v3 = __builtin_cpu_supports("x86-64-v3");
-  return has_v3 ? v3::linear_attention_kernels(dtype) : baseline::linear_attention_kernels(dtype);
+  return use_v3() ? v3::linear_attention_kernels(dtype) : baseline::linear_attention_kernels(dtype);
 }
 
 struct Segment {

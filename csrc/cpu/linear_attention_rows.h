@@ -25,7 +25,8 @@ struct Sizes {
         channels(p.key_size),
         values(p.value_size),
         width(padded_to_panel<C>(p.value_size)),
-        feature_stride(row_stride<C>(features + Simd<C>::lanes)),  // with room for a constant in front of whole panels
+        feature_stride(row_stride<C>(
+            std::max(features + Simd<C>::lanes, constants + padded_to_panel<C>(channels)))),  // whole panels behind it
         value_stride(row_stride<C>(p.value_size)) {}
 };
 

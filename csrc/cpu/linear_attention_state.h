@@ -91,17 +91,23 @@ struct State {
   template <bool WEIGHTED>
   void add_sums(const Sizes<C>& sizes, int64_t n, const C* rows, const C* w) const {
     constexpr int lanes = Simd<C>::lanes;
-    for (int64_t d = 0; d < sizes.features; d += 4 * lanes) {
-      Vec<C> total[4] = {};
-      for (int64_t i = 0; i < n; ++i) {
-        const Vec<C> weight = splat(WEIGHTED ? w[i] : C{1});
-        for (int v = 0; v < 4; ++v) {
-          const Vec<C> x = load(rows + i * sizes.feature_stride + d + v * lanes);
-          total[v] += WEIGHTED ? x * weight : x;
-        }
+    int64_t d = 0;
+    for (; d + 4 * lanes <= sizes.feature_stride && d < sizes.features; d += 4 * lanes)
+      add_columns<WEIGHTED, 4>(sizes, n, rows, w, d);
+    for (; d < sizes.features; d += lanes) add_columns<WEIGHTED, 1>(sizes, n, rows, w, d);
+  }
+  template <bool WEIGHTED, int VECTORS>
+  void add_columns(const Sizes<C>& sizes, int64_t n, const C* rows, const C* w, int64_t d) const {
+    constexpr int lanes = Simd<C>::lanes;
+    Vec<C> total[VECTORS] = {};
+    for (int64_t i = 0; i < n; ++i) {
+      const Vec<C> weight = splat(WEIGHTED ? w[i] : C{1});
+      for (int v = 0; v < VECTORS; ++v) {
+        const Vec<C> x = load(rows + i * sizes.feature_stride + d + v * lanes);
+        total[v] += WEIGHTED ? x * weight : x;
       }
-      for (int v = 0; v < 4; ++v) store(sum + d + v * lanes, load(sum + d + v * lanes) + total[v]);
     }
+    for (int v = 0; v < VECTORS; ++v) store(sum + d + v * lanes, load(sum + d + v * lanes) + total[v]);
   }
 
   // From and to tensors of the compute type.

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "../memm_call.h"
+#include "isa.h"
 #include "memm.h"
 
 namespace fastnlp {
@@ -16,8 +17,7 @@ namespace {
 using OptionalTensor = std::optional<Tensor>;
 
 MemmKernels kernels_for(const MemmProblem& problem) {
-  static const bool has_v3 = __builtin_cpu_supports("x86-64-v3");
-  return has_v3 ? v3::memm_kernels(problem.emissions_dtype) : baseline::memm_kernels(problem.emissions_dtype);
+  return use_v3() ? v3::memm_kernels(problem.emissions_dtype) : baseline::memm_kernels(problem.emissions_dtype);
 }
 
 struct Run {

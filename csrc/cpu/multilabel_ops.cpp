@@ -7,14 +7,14 @@
 #include <vector>
 
 #include "../checks.h"
+#include "isa.h"
 #include "multilabel.h"
 
 namespace fastnlp {
 namespace {
 
 MultilabelKernels kernels_for(DType scores) {
-  static const bool has_v3 = __builtin_cpu_supports("x86-64-v3");
-  return has_v3 ? v3::multilabel_kernels(scores) : baseline::multilabel_kernels(scores);
+  return use_v3() ? v3::multilabel_kernels(scores) : baseline::multilabel_kernels(scores);
 }
 
 struct Call {
