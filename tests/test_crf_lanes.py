@@ -9,6 +9,7 @@ from crf_problems import (
     check_at_any_scale,
     check_backward,
     check_forward,
+    forbid_bio,
     gradients,
     log_likelihood,
     log_partition,
@@ -100,14 +101,16 @@ def test_viterbi_is_that_of_one_sequence(N, mask, per_position, device):
 
 
 @pytest.mark.parametrize("mask", ["prefix", "left", "holes"])
-@pytest.mark.parametrize("ban", [0.0, 0.3])
+@pytest.mark.parametrize("banned", ["nothing", "some", "BIO"])
 @pytest.mark.parametrize("std", [1, 15, 25, 100, 1_000, 10_000])
-def test_ended_and_failed_lanes_add_nothing(std, ban, mask, device):
+def test_ended_and_failed_lanes_add_nothing(std, banned, mask, device):
     """Lanes that have ended or failed hold inf and NaN beside those that go on: large scores and forbidden transitions
-    make lanes fail, ragged masks end them, and three problems give mixtures of both.
+    make lanes fail, ragged masks end them, and four problems give mixtures of both.
     """
-    for N in (3, 9, 24):
-        problem = make_problem(B=11, T=39, N=N, device=device, mask=mask, ban=ban, std=std)
+    for B, N in ((8, 3), (11, 5), (8, 9), (11, 24)):
+        problem = make_problem(B, 39, N, device, mask=mask, ban=0.3 if banned == "some" else 0.0, std=std)
+        if banned == "BIO":
+            forbid_bio(problem)
         for function in (log_partition, log_likelihood):
             check_at_any_scale(function, problem)
 

@@ -123,20 +123,22 @@ FASTNLP_INLINE void dot_block(const C* p, const C* matrix, int64_t n, int64_t pa
   }
 }
 
-// log sum_i exp(a_i + T_ij), exactly shifted; -inf where no i reaches j. In float64, because a_i + T_ij may be -1e4
-// where float32 knows four decimals, and exp of the difference is a probability.
+// sum_i exp(a_i + T_ij) = scaled exp(top), exactly shifted; top is -inf where no i reaches j. In float64, because
+// a_i + T_ij may be -1e4 where float32 knows four decimals, and exp of the difference is a probability.
+struct ColumnSum {
+  double top;
+  double scaled;
+};
 template <class C>
-__attribute__((noinline)) double column_logsumexp(const Matrix<C>& m, const C* a, int64_t j, int64_t n,
-                                                  int64_t padded) {
-  double top = -INFINITY;
+__attribute__((noinline)) ColumnSum sum_column(const Matrix<C>& m, const C* a, int64_t j, int64_t n, int64_t padded) {
+  ColumnSum sum = {-INFINITY, 0};
   for (int64_t i = 0; i < n; ++i) {
     const double x = static_cast<double>(a[i]) + m.scores[i * padded + j];
-    top = x > top ? x : top;
+    sum.top = x > sum.top ? x : sum.top;
   }
-  if (top == -INFINITY) return top;
-  double sum = 0;
-  for (int64_t i = 0; i < n; ++i) sum += std::exp(static_cast<double>(a[i]) + m.scores[i * padded + j] - top);
-  return top + std::log(sum);
+  for (int64_t i = 0; i < n && sum.top != -INFINITY; ++i)
+    sum.scaled += std::exp(static_cast<double>(a[i]) + m.scores[i * padded + j] - sum.top);
+  return sum;
 }
 
 // Subtracts the maximum of `a` and returns it; a row that is -inf throughout stays as it is.
@@ -255,8 +257,10 @@ struct Chain {
         store(next + j, logarithm(sums[v]) + (load(e + j) - splat(d)));
       }
       for (int64_t j = block; j < block + T * lanes && j < n; ++j)
-        if (sums[(j - block) / lanes][(j - block) % lanes] < static_cast<C>(kGuard))
-          next[j] = static_cast<C>(column_logsumexp(m, a, j, n, padded) + (e[j] - m.top[j]) - d + (offset - shift));
+        if (sums[(j - block) / lanes][(j - block) % lanes] < static_cast<C>(kGuard)) {
+          const ColumnSum sum = sum_column(m, a, j, n, padded);
+          next[j] = static_cast<C>(sum.top + std::log(sum.scaled) + (e[j] - m.top[j]) - d + (offset - shift));
+        }
     }
     swap(a, next);
     const double moved = shift + d;

@@ -10,7 +10,7 @@ namespace {
 // float32 sums of xi are emptied into float64 ones this often, and gamma is made to sum to 1 again: it drifts by about
 // 1e-7 a step, and always to one side where the same tag has all of it.
 constexpr int64_t kFlushSteps = 512;
-constexpr int64_t kRenormaliseSteps = 8;
+constexpr int64_t kRenormaliseSteps = 4;
 
 // Steps whose p and w rows wait to be added to `pairs` together: a product of matrices [N, 16] x [16, N] loads and
 // stores each sum once for 16 multiply-adds.
@@ -161,11 +161,11 @@ struct Side : Chain<C, BLOCK> {
     for (int64_t i = 0; i < padded; ++i) slow[i] = 0;
     for (int64_t j = 0; j < n; ++j) {
       if (!(x[j] < static_cast<C>(kGuard)) || gamma[j] <= 0) continue;
-      const double normaliser = column_logsumexp(matrix, a, j, n, padded);
-      if (normaliser == -INFINITY) continue;
+      const ColumnSum column = sum_column(matrix, a, j, n, padded);
+      if (column.top == -INFINITY) continue;
       for (int64_t i = 0; i < n; ++i) {
         const double score = static_cast<double>(a[i]) + matrix.scores[i * padded + j];
-        const double xi = gamma[j] * std::exp(score - normaliser);
+        const double xi = gamma[j] * (std::exp(score - column.top) / column.scaled);
         slow[i] += static_cast<C>(xi);
         if (work.transition_grad) add_transition(k, i, j, coefficient * xi, sums);
       }
