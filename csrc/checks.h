@@ -86,17 +86,25 @@ inline void in_huge_pages(const Tensor& tensor, int64_t numel, int32_t device_ty
 inline Tensor new_tensor(const Tensor& like, std::initializer_list<int64_t> shape, ScalarType dtype) {
   int64_t strides[8];
   int64_t stride = 1;
+  bool fits = true;
   for (int64_t d = static_cast<int64_t>(shape.size()) - 1; d >= 0; --d) {
     strides[d] = stride;
-    stride *= shape.begin()[d];
+    fits = !__builtin_mul_overflow(stride, shape.begin()[d], &stride) && fits;
   }
   int32_t device_type;
   int32_t device_index;
   AtenTensorHandle handle;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.begin(), strides,
-                                                  static_cast<int32_t>(dtype), device_type, device_index, &handle));
+  fits = fits && aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.begin(), strides,
+                                          static_cast<int32_t>(dtype), device_type, device_index, &handle) == 0;
+  if (!fits) {  // in torch's words, which callers look for
+    std::ostringstream sentence;
+    sentence << (device_type == aoti_torch_device_type_cpu() ? "DefaultCPUAllocator: can't allocate memory for"
+                                                             : "CUDA out of memory. No room for")
+             << " a result of shape " << Sizes{shape} << " in " << torch::headeronly::toString(dtype);
+    throw std::runtime_error(sentence.str());
+  }
   Tensor tensor(handle);
   in_huge_pages(tensor, stride, device_type);
   return tensor;

@@ -173,3 +173,23 @@ def test_errors_of_devices(name, device):
     value = torch.ones(2, 3, dtype=torch.bool) if name == "mask" else arguments[name]
     sentence = f"{name} must be on the device of emissions, {arguments['emissions'].device}, got meta"
     assert_raises(ValueError, sentence, function, arguments | {name: value.to("meta")})
+
+
+def test_empty_emissions_may_have_any_strides(device):
+    """contiguous() gives an empty tensor as it is, so the ops must take it."""
+    emissions = torch.randn(0, 7, 3, 2, device=device)[..., 0]
+    tensors = (emissions, torch.randn(3, 3, device=device), None, None, None, None)
+    paths, scores = torch.ops.fastnlp_ops.crf_viterbi(*tensors)
+    assert paths.shape == (0, 7) and scores.shape == (0,)
+    value, _ = torch.ops.fastnlp_ops.crf_log_partition(*tensors, True)
+    assert value.shape == (0,)
+
+
+@pytest.mark.parametrize("n_best", [10**14, 2**62])
+def test_errors_of_memory(n_best):
+    """What cannot be allocated gets a sentence in torch's words."""
+    emissions, transitions = torch.randn(1, 3, 2), torch.randn(2, 2)
+    shape = f"shape (1, {n_best}, 3) in Long"
+    with pytest.raises(RuntimeError, match=r"DefaultCPUAllocator: can't allocate memory") as caught:
+        fastnlp_ops.crf_viterbi(emissions, transitions, n_best=n_best)
+    assert shape in str(caught.value)

@@ -214,3 +214,15 @@ def test_masked_equals_compacted(function, device):
         alone.allowed = problem.allowed[problem.rows(b)].expand(4, -1, -1)
         whole = together[problem.rows(b)] if function is marginals else together[b]
         assert_same(whole, function(fastnlp_ops, alone)[3])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["f32", "f64"])
+@pytest.mark.parametrize(("T", "N"), [(1, 1), (3, 2), (17, 24), (40, 9)])
+def test_op_of_one_best_path(T, N, dtype, device):
+    """The public function calls Viterbi then; the op itself takes 1 as well, in memory of its own size."""
+    problem = make_problem(13, T, N, device, dtype, mask="holes")
+    arguments = (*problem.scores, problem.mask, None)
+    paths, scores = torch.ops.fastnlp_ops.crf_viterbi_n_best(*arguments, 1)
+    expected, best = torch.ops.fastnlp_ops.crf_viterbi(*arguments)
+    assert_same(paths[:, 0], expected)
+    assert_same(scores[:, 0], best)

@@ -270,7 +270,19 @@ def test_errors_of_ops(sentence):
     assert str(caught.value) == sentence
 
 
-@pytest.mark.parametrize("cells", [[10**15], [-(10**15), 3], [150, 151], [7, 3, 3, 1]], ids=str)
+@pytest.mark.parametrize(
+    "cells",
+    [
+        [10**15],
+        [-(10**15), 3],
+        [150, 151],
+        [7, 3, 3, 1],
+        [0, 2**63 - 1, 1, 2, 3],
+        [2**63 - 1, -(2**63), 2**63 - 1, 5],
+        [3, -1, -(2**63), 2**63 - 1, -4, 8],
+    ],
+    ids=str,
+)
 def test_cells_out_of_range_are_not_followed(cells):
     """Keys that name no cell, or stand out of order, cost the op its meaning and not the process its memory."""
     q, k = q_and_k(B, n, H, d).values()

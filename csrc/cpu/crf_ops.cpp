@@ -103,7 +103,7 @@ struct Run {
   void parallel(int64_t items, const F& f) const {
     const int64_t n = call.problem.tags;
     const int64_t cost = std::max<int64_t>(1, plan.total / std::max<int64_t>(1, items)) * n * (n + 16);
-    torch::stable::parallel_for(0, items, std::max<int64_t>(1, (int64_t{1} << 17) / cost), f);
+    parallel_for(0, items, std::max<int64_t>(1, (int64_t{1} << 17) / cost), f);
   }
   template <class Kernel>
   void each_path(Kernel kernel) const {

@@ -160,9 +160,8 @@ struct Run {
   void weigh(const Tensor& dloss, const Tensor& saved) {
     works[0].dloss = call.per_row(dloss, "dloss");
     check_dense(saved, "saved", {saved_size()}, call.compute, call.q);
-    torch::stable::parallel_for(0, call.problem.batch * call.problem.length, 64, [&](int64_t begin, int64_t end) {
-      kernels.weigh(works[0], in_saved(saved), begin, end);
-    });
+    parallel_for(0, call.problem.batch * call.problem.length, 64,
+                 [&](int64_t begin, int64_t end) { kernels.weigh(works[0], in_saved(saved), begin, end); });
   }
   // Runs the loss; returns the gradients where they are wanted.
   Tensor loss(bool with_gradients) {

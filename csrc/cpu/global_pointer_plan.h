@@ -93,7 +93,7 @@ class SpanRotations {
       step_sine[m] = std::sin(theta[m]);
     }
     const int64_t runs = (rows_ + run - 1) / run;
-    torch::stable::parallel_for(0, runs, std::max<int64_t>(1, 256 / pairs), [&](int64_t begin, int64_t end) {
+    parallel_for(0, runs, std::max<int64_t>(1, 256 / pairs), [&](int64_t begin, int64_t end) {
       std::vector<double> cosine(width_), sine(width_);
       for (int64_t row = begin * run; row < std::min(end * run, rows_); ++row) {
         const bool follows =

@@ -323,15 +323,14 @@ Tensor linear_attention_step(const Tensor& q, const Tensor& k, const Tensor& v, 
   work.key_sum = data_of(key_sum);
   work.key_max = p.has_maximum() ? data_of(*key_max) : nullptr;
   const int64_t cost = p.features() * p.value_size * p.group();
-  torch::stable::parallel_for(0, p.items(), std::max<int64_t>(1, (int64_t{1} << 16) / cost),
-                              [&](int64_t begin, int64_t end) {
-                                const Memory scratch(kernels.step_scratch_size(p));
-                                for (int64_t index = begin; index < end; ++index) {
-                                  const int64_t b = index / p.key_heads;
-                                  const LinearAttentionSequence sequence = {b, b, 0, 1, 0, 1};
-                                  kernels.step({&work, &sequence, index % p.key_heads}, scratch.get());
-                                }
-                              });
+  parallel_for(0, p.items(), std::max<int64_t>(1, (int64_t{1} << 16) / cost), [&](int64_t begin, int64_t end) {
+    const Memory scratch(kernels.step_scratch_size(p));
+    for (int64_t index = begin; index < end; ++index) {
+      const int64_t b = index / p.key_heads;
+      const LinearAttentionSequence sequence = {b, b, 0, 1, 0, 1};
+      kernels.step({&work, &sequence, index % p.key_heads}, scratch.get());
+    }
+  });
   return out;
 }
 

@@ -10,6 +10,7 @@
 #include "../memm_call.h"
 #include "isa.h"
 #include "memm.h"
+#include "threads.h"
 
 namespace fastnlp {
 namespace {
@@ -41,7 +42,7 @@ struct Run {
   void parallel(int64_t count, const F& f) const {
     const MemmProblem& p = call.problem;
     const int64_t cost = p.batch * p.steps * p.tags * (p.bidirectional ? 2 : 1) / std::max<int64_t>(1, count);
-    torch::stable::parallel_for(0, count, std::max<int64_t>(1, (int64_t{1} << 14) / std::max<int64_t>(1, cost)), f);
+    parallel_for(0, count, std::max<int64_t>(1, (int64_t{1} << 14) / std::max<int64_t>(1, cost)), f);
   }
 
   std::vector<double> scratch() const { return std::vector<double>(kernels.scratch(call.problem) / sizeof(double)); }

@@ -9,6 +9,7 @@
 #include "../checks.h"
 #include "isa.h"
 #include "multilabel.h"
+#include "threads.h"
 
 namespace fastnlp {
 namespace {
@@ -50,8 +51,7 @@ struct Call {
   // A thread is worth waking for 2^15 scores.
   template <class F>
   void parallel(int64_t items, int64_t scores_each, const F& f) const {
-    torch::stable::parallel_for(0, items, std::max<int64_t>(1, (int64_t{1} << 15) / std::max<int64_t>(1, scores_each)),
-                                f);
+    parallel_for(0, items, std::max<int64_t>(1, (int64_t{1} << 15) / std::max<int64_t>(1, scores_each)), f);
   }
 
   Tensor per_row() const { return new_tensor(scores, {work.rows}, compute); }

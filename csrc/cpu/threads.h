@@ -5,7 +5,12 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
+#include <exception>
 #include <memory>
+#include <mutex>
+#include <new>
+#include <stdexcept>
+#include <string>
 #include <vector>
 
 namespace fastnlp {
@@ -13,7 +18,12 @@ namespace fastnlp {
 // Uninitialised memory, aligned for vectors.
 class Memory {
  public:
-  explicit Memory(size_t bytes) : memory_(new char[bytes + 64]) {}
+  // Out of memory in torch's words, which callers look for.
+  explicit Memory(size_t bytes) : memory_(new (std::nothrow) char[bytes + 64]) {
+    if (!memory_)
+      throw std::runtime_error("DefaultCPUAllocator: can't allocate memory: " + std::to_string(bytes) +
+                               " bytes of workspace");
+  }
   void* get() const {
     return reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(memory_.get()) + 63) & ~uintptr_t{63});
   }
@@ -21,6 +31,22 @@ class Memory {
  private:
   std::unique_ptr<char[]> memory_;
 };
+
+// torch's, which would say of what a thread throws no more than that a call has failed.
+template <class F>
+void parallel_for(int64_t begin, int64_t end, int64_t grain, const F& f) {
+  std::mutex mutex;
+  std::exception_ptr thrown;
+  torch::stable::parallel_for(begin, end, grain, [&](int64_t first, int64_t last) {
+    try {
+      f(first, last);
+    } catch (...) {
+      const std::lock_guard<std::mutex> lock(mutex);
+      if (!thrown) thrown = std::current_exception();
+    }
+  });
+  if (thrown) std::rethrow_exception(thrown);
+}
 
 // Numbers that a thread has been dealt.
 struct alignas(64) Share {
@@ -60,7 +86,7 @@ void in_parallel(int64_t count, bool alone, const F& f) {
     f(queue);
   };
   if (alone) return run(0, 1);
-  torch::stable::parallel_for(0, threads, 1, run);
+  parallel_for(0, threads, 1, run);
 }
 
 }  // namespace fastnlp
