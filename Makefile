@@ -8,7 +8,7 @@ CXX_SOURCES := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.
 ENVIRONMENT := $(if $(filter .venv,$(VENV)),.venv/.installed)
 BUILT := build/$(subst /,_,$(VENV)).built
 
-.PHONY: help demo test bench lint format wheel pythons clean
+.PHONY: help demo test fuzz bench lint format wheel pythons clean
 
 help:  ## list the commands
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile | expand -t 16
@@ -19,6 +19,9 @@ demo: $(BUILT)  ## train a tagger on Python source, then with three optimizers (
 
 test: $(BUILT)  ## run every test (QUICK=1: without the long ones; ARGS="-k viterbi": some)
 	$(BIN)/python -m pytest $(if $(QUICK),-m "not long") $(ARGS)
+
+fuzz: $(BUILT)  ## random problems against the reference for MINUTES=n (1), with new seeds each time
+	$(BIN)/python tests/fuzz.py --minutes $(or $(MINUTES),1) $(ARGS)
 
 bench: $(BUILT)  ## time every op against what people use today (ARGS=--help: choices; ARGS=gpu: on a CUDA machine)
 	$(BIN)/python -m benchmarks $(ARGS)

@@ -53,6 +53,12 @@ def floor_of(call, inputs):
     return max(rounding_level(*pair) for other in others for pair in zip(other, exact, strict=True))
 
 
+def sum_of(count, results):
+    """`terms` of results that are sums of `count` numbers in float32, one after the other: sqrt(count) roundings."""
+    sizes = [torch.where(x.isfinite(), x, 0).abs().max().item() for x in results if x.numel()]
+    return count**0.5 / 4 * max([1.0, *sizes])
+
+
 def assert_within_budget(actual, reference, exact, what="result", level=0.0, terms=0.0):
     """max|actual - exact| <= 2 max|reference - exact| + eps, and -inf, inf and NaN in the same places.
 
