@@ -35,8 +35,8 @@ def steps_of(r):
 
 
 def log_sum_level(scores):
-    """Kernels keep the logarithms of a loss's sums in float32 from the forward to the backward pass; e^(s - log sum) is
-    as far off as the largest of them is rounded.
+    """Kernels keep the logarithms of sums in float32 from the forward to the backward pass; e^(s - log sum) is as far
+    off as the largest of them is rounded.
     """
     finite = scores[scores.isfinite()]
     return finite.abs().max().item() * torch.finfo(torch.float32).eps if finite.numel() else 0.0
@@ -229,7 +229,10 @@ def check_attention(r):
     tools.check_forward(problem, floor_of(lambda *x: tools.plain(exact.with_inputs(*x))[:3], exact.inputs))
     weights = tools.upstream(problem)
     slopes = lambda *x: tools.gradients(tools.plain, exact.with_inputs(*x), weights)  # noqa: E731
-    tools.check_backward(problem, floor=floor_of(slopes, exact.inputs))
+    floor = floor_of(slopes, exact.inputs)
+    if problem.kernel_map in EXPONENTIAL:  # log z is at most the largest q + k, and a little more
+        floor = max(floor, log_sum_level(exact.q) + log_sum_level(exact.k))
+    tools.check_backward(problem, floor=floor)
 
 
 def check_adafactor(r):
