@@ -234,10 +234,14 @@ def check_backward(function, problem, floor=0.0):
     names = ["demissions", "dtransitions", "dstart_transitions", "dend_transitions"][: len(ours)]
     level = max(floor, *(rounding_level(*pair) for pair in zip(plain, exact, strict=True)))
     terms = 0.0
-    if function is partial_log_likelihood and weights.numel():  # two gradients, which cancel
+    if (
+        function is partial_log_likelihood and weights.numel()
+    ):  # two gradients, which cancel, and with them their errors
         terms = 2 * weights.abs().max().item()
-    if function is viterbi_score:
-        terms = sum_of(math.prod(problem.emissions.shape[:-1]), exact)
+        one, other = (gradients(log_partition, reference, problem, t, weights) for t in (torch.float32, torch.float64))
+        level = max(level, *(2 * rounding_level(*pair) for pair in zip(one, other, strict=True)))
+    if function in (viterbi_score, marginals, entropy):  # not by kernels: float32 sums over all steps
+        terms = sum_of(math.prod(problem.emissions.shape[:-1]), [*exact, weights])
     for name, *results in zip(names, ours, plain, exact, strict=True):
         assert_within_budget(*results, f"{name} of {function.__name__}", level, terms)
 
@@ -255,7 +259,8 @@ def check_at_any_scale(function, problem):
         return gradients(function, reference, wide.with_scores(*scores), None, weights)
 
     check_forward(function, problem, floor_of(value, wide.scores))
-    check_backward(function, problem, floor_of(slopes, wide.scores))
+    narrow = gradients(function, reference, problem, torch.float32, weights)
+    check_backward(function, problem, floor_of(slopes, wide.scores, narrow))
 
 
 def own_scores(problem, paths):

@@ -39,7 +39,7 @@ def log_sum_level(scores):
     off as the largest of them is rounded.
     """
     finite = scores[scores.isfinite()]
-    return finite.abs().max().item() * torch.finfo(torch.float32).eps if finite.numel() else 0.0
+    return 2 * finite.abs().max().item() * torch.finfo(torch.float32).eps if finite.numel() else 0.0
 
 
 def mask_of(r, B, T):
@@ -124,8 +124,9 @@ def check_memm(r):
         value = memm_problems.log_likelihood(module, problem if dtype is None else problem.to(dtype), bidirectional)
         return [value, *memm_problems.gradients(module, problem, bidirectional, weights, dtype)]
 
-    floor = floor_of(lambda *scores: call(reference, exact.with_scores(*scores, None, None)), exact.scores[:2])
     results = call(fastnlp_ops, problem), call(reference, problem, torch.float32), call(reference, exact)
+    wide = lambda *scores: call(reference, exact.with_scores(*scores, None, None))  # noqa: E731
+    floor = floor_of(wide, exact.scores[:2], results[1])
     terms = sum_of(math.prod(problem.emissions.shape[:-1]), results[2][2:])
     for name, *three in zip(names, *results, strict=True):
         assert_within_budget(*three, name, floor, terms if name == "dtransitions" else 0.0)
@@ -176,7 +177,7 @@ def check_spans(r):
     value = function(reference, exact)
     weights = torch.where(value == -math.inf, 0.0, torch.randn(value.shape)).float()
     slopes = lambda *x: tools.gradients(function, reference, exact.with_inputs(*x), None, weights)  # noqa: E731
-    floor = floor_of(slopes, exact.inputs)
+    floor = floor_of(slopes, exact.inputs, tools.gradients(function, reference, problem, torch.float32, weights))
     if kind == "loss":
         floor = max(floor, log_sum_level(tools.scores(reference, exact)))
     return tools.check_backward(function, problem, floor)
@@ -229,7 +230,7 @@ def check_attention(r):
     tools.check_forward(problem, floor_of(lambda *x: tools.plain(exact.with_inputs(*x))[:3], exact.inputs))
     weights = tools.upstream(problem)
     slopes = lambda *x: tools.gradients(tools.plain, exact.with_inputs(*x), weights)  # noqa: E731
-    floor = floor_of(slopes, exact.inputs)
+    floor = floor_of(slopes, exact.inputs, tools.gradients(tools.plain, problem, weights, torch.float32))
     if problem.kernel_map in EXPONENTIAL:  # log z is at most the largest q + k, and a little more
         floor = max(floor, log_sum_level(exact.q) + log_sum_level(exact.k))
     tools.check_backward(problem, floor=floor)

@@ -45,20 +45,22 @@ def rounding_level(reference, exact):
     return error / max(1.0, torch.where(finite, exact.abs(), 0).max().item())
 
 
-def floor_of(call, inputs):
+def floor_of(call, inputs, narrow=()):
     """The rounding level of what `call` makes of float64 `inputs` that float32 hardly tells apart. The reference may be
     right by luck where one path or one class has all the weight; a kernel may then be as far off as its inputs are
-    rounded, but no further.
+    rounded. Four times what three draws show, and twice that of `narrow`, the reference in float32: of thousands of
+    problems some are unlucky.
     """
     exact = call(*inputs)
     others = [call(*(None if x is None else moved(x) for x in inputs)) for _ in range(3)]
-    return max(rounding_level(*pair) for other in others for pair in zip(other, exact, strict=True))
+    most = max(rounding_level(*pair) for other in others for pair in zip(other, exact, strict=True))
+    return max([4 * most, *(2 * rounding_level(*pair) for pair in zip(narrow, exact, strict=False))])
 
 
 def sum_of(count, results):
     """`terms` of results that are sums of `count` numbers in float32, one after the other: sqrt(count) roundings."""
     sizes = [torch.where(x.isfinite(), x, 0).abs().max().item() for x in results if x.numel()]
-    return count**0.5 / 4 * max([1.0, *sizes])
+    return count**0.5 * max([1.0, *sizes])
 
 
 def assert_within_budget(actual, reference, exact, what="result", level=0.0, terms=0.0):
