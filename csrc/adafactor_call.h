@@ -51,7 +51,7 @@ struct AdafactorCall {
           " params, got ", a.shards.size());
     check(a.options.size() % kAdafactorOptions == 0, "options must have ", kAdafactorOptions,
           " entries for each group, got ", a.options.size());
-    check(a.phases > 0 && a.phases <= kAdafactorAll, "phases must be in [1, 15], got ", a.phases);
+    check(a.phases >= 0 && a.phases <= kAdafactorAll, "phases must be in [0, 15], got ", a.phases);
     groups.resize(a.options.size() / kAdafactorOptions);
     if (!groups.empty())
       std::memcpy(static_cast<void*>(groups.data()), a.options.data(), a.options.size() * sizeof(double));
@@ -251,8 +251,8 @@ struct AdafactorCall {
       sums_size += t.batch * t.rows;
     }
     const std::optional<Tensor>& sums = arguments.sums;
-    check(sums || arguments.phases == kAdafactorAll, "sums must be given where phases is not 15, got ",
-          arguments.phases);
+    check(sums || arguments.phases == kAdafactorAll || arguments.phases == 0,
+          "sums must be given where phases is not 15, got ", arguments.phases);
     if (!sums) return;
     check(sums->dim() == 1 && sums->numel() == sums_size && sums->is_contiguous() && sums->scalar_type() == compute &&
               sums->device() == first().device(),

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastnlp_ops._ops._autograd import is_dual
 
+CHECK_ONLY = 0  # phases of the op: none, and all
 ALL_PHASES = 15
 OPTIONS = 15  # numbers of a group
 
@@ -30,21 +31,30 @@ def compute_dtype(p: Tensor) -> torch.dtype:
     return _COMPUTE[p.dtype]
 
 
+def _number(x: Any) -> bool:
+    return hasattr(x, "__float__")
+
+
 _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "eps": (lambda x: len(x) == 2 and x[0] >= 0 and x[1] >= 0, "two numbers of at least 0"),
-    "clip_threshold": (lambda x: x is None or x > 0, "above 0 or None"),
-    "decay_rate": (lambda x: x <= 0, "at most 0"),
-    "beta1": (lambda x: x is None or 0 <= x < 1, "in [0, 1) or None"),
-    "weight_decay": (lambda x: x >= 0, "at least 0"),
-    "ema_decay": (lambda x: x is None or 0 <= x <= 1, "in [0, 1] or None"),
+    "lr": (lambda x: x is None or (_number(x) and (not isinstance(x, Tensor) or x.numel() == 1)), "a number or None"),
+    "eps": (
+        lambda x: isinstance(x, tuple | list) and len(x) == 2 and all(_number(y) and y >= 0 for y in x),
+        "two numbers of at least 0",
+    ),
+    "clip_threshold": (lambda x: x is None or (_number(x) and x > 0), "above 0 or None"),
+    "decay_rate": (lambda x: _number(x) and x <= 0, "at most 0"),
+    "beta1": (lambda x: x is None or (_number(x) and 0 <= x < 1), "in [0, 1) or None"),
+    "weight_decay": (lambda x: _number(x) and x >= 0, "at least 0"),
+    "lr_scale": (lambda x: _number(x) and x >= 0, "at least 0"),
+    "ema_decay": (lambda x: x is None or (_number(x) and 0 <= x <= 1), "in [0, 1] or None"),
     "rounding": (lambda x: x in ("nearest", "stochastic"), '"nearest" or "stochastic"'),
-    "max_grad_norm": (lambda x: x is None or x > 0, "above 0 or None"),
-    "accumulation_steps": (lambda x: x >= 1, "at least 1"),
+    "max_grad_norm": (lambda x: x is None or (_number(x) and x > 0), "above 0 or None"),
+    "accumulation_steps": (lambda x: _number(x) and x >= 1, "at least 1"),
 }
 
 
 def check_options(options: dict[str, Any]) -> None:
-    """ValueError for an option out of its range."""
+    """ValueError for an option that is no number or out of its range."""
     for name, (holds, wanted) in _RANGES.items():
         if name in options and not holds(options[name]):
             raise ValueError(f"{name} must be {wanted}, got {options[name]!r}")
@@ -145,7 +155,7 @@ class Call:
         return self.options[OPTIONS * group + {"torch_mode": 0, "layer_adaptation": 10}[name]]
 
     def run(self, phases: int = ALL_PHASES) -> None:
-        """The step, or some phases of it."""
+        """The step, or some phases of it; with CHECK_ONLY an error where an argument is wrong, and nothing else."""
         if is_dual(self.grads):
             raise NotImplementedError("adafactor has no forward-mode derivative: step outside of dual_level and jvp")
         torch.ops.fastnlp_ops.adafactor_step_(
@@ -171,6 +181,8 @@ class Call:
             self.shards,
             phases,
         )
-        if not torch.compiler.is_compiling():  # kernels of the stable ABI leave alone what autograd sees changes by
+        if (
+            phases != CHECK_ONLY and not torch.compiler.is_compiling()
+        ):  # kernels of the stable ABI leave alone what autograd sees changes by
             written = [self.params, self.rows, self.cols, self.vectors, self.moments, self.averages]
             torch.autograd.graph.increment_version([tensor for tensors in written for tensor in tensors])

@@ -1,6 +1,7 @@
 """The engine of both optimizers: from parameter groups and their state to one call of the op for each device."""
 
 import operator
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar, NamedTuple
@@ -9,13 +10,13 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from fastnlp_ops._adafactor_call import Call, compute_dtype, op_lr
+from fastnlp_ops._adafactor_call import CHECK_ONLY, Call, compute_dtype, op_lr
 from fastnlp_ops._adafactor_shards import (
     Split,
     geometry,
     local,
     local_grad,
-    placed_like,
+    placed_like_part,
     run_in_phases,
     split_of,
     zeros_like_part,
@@ -28,17 +29,19 @@ class Plan(NamedTuple):
     calls: list[Call]
     params: list[Tensor]
     missing: list[bool]  # which of the parameters have no gradient
-    states: list[dict[str, Any]]  # of those that have one
-    watched: list[Any]  # the values in them
-    extras: list[int]
+    owners: list[Tensor]  # those that have one
+    values: list[dict[str, Any]]  # what the calls take from their states
+    extras: list[Any]
 
     def holds(self, optimizer: "FactoredOptimizer", params: list[Tensor], grads: Sequence[Tensor | None]) -> bool:
         """Whether the calls are those of the optimizer still."""
         if self.missing != [grad is None for grad in grads] or self.extras != optimizer._extras():
             return False
-        states = [optimizer.state.get(p) for p, missing in zip(params, self.missing, strict=True) if not missing]
-        values = [value for state in self.states for value in state.values()]
-        return _same(self.params, params) and _same(self.states, states) and _same(self.watched, values)
+        states = [optimizer.state.get(p) for p in self.owners]
+        if not _same(self.params, params) or any(state is None for state in states):
+            return False
+        ours = [value for own in self.values for value in own.values()]
+        return _same(ours, [state.get(name) for state, own in zip(states, self.values, strict=True) for name in own])
 
 
 def _same(ours: Sequence[Any], theirs: Sequence[Any]) -> bool:
@@ -54,7 +57,6 @@ class FactoredOptimizer(Optimizer):
     vector_key: ClassVar[str]
     rms_key: ClassVar[str | None] = None
 
-    _step_supports_amp_scaling = True
     grad_scale: Tensor | None
     found_inf: Tensor | None
 
@@ -65,16 +67,37 @@ class FactoredOptimizer(Optimizer):
 
     def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
         self._plans: list[Plan] = []  # one or none; a list, because torch.compile keeps what is written into it
-        self._gathered = 0  # backward passes since the last update
+        self._accumulated = 0  # calls of step() since the last update
+        self._grad_sums: dict[Tensor, Tensor] = {}  # of their gradients
+        self._updated: bool | Tensor = False  # whether the last call of step() updated parameters; for Lookahead
+        self._in_backward: dict[int, bool] | None = None  # updates since the last step(), see adafactor_in_backward
         super().__init__(params, defaults)
 
     def group_options(self, group: dict[str, Any], dtype: torch.dtype) -> list[float]:
         """The group as the op knows it."""
         raise NotImplementedError
 
+    def check_group(self, group: dict[str, Any]) -> None:
+        """ValueError for an option of a group that is out of its range."""
+        raise NotImplementedError
+
     def factor_shapes(self, shape: torch.Size) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Shapes of the row and of the column factor of a parameter of two or more dimensions."""
         raise NotImplementedError
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Whether GradScaler leaves its scale to step(): where nothing may wait for the device, or it would refuse."""
+        if any(group.get("capturable") for group in self.param_groups):
+            return True
+        grads = [p.grad for group in self.param_groups for p in group["params"]]
+        return any(grad is not None and grad.dtype == torch.float16 for grad in grads)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As torch's, after a look at the group's options."""
+        if isinstance(param_group, dict):
+            self.check_group(self.defaults | param_group)
+        super().add_param_group(param_group)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -83,25 +106,41 @@ class FactoredOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._gathered += 1
-        if self._gathered >= self.accumulation_steps:
-            self._gathered = 0
-            params = [p for group in self.param_groups for p in group["params"]]
-            grads = [p.grad for p in params]
-            if not (self._plans and self._plans[0].holds(self, params, grads)):
-                self._plans[:] = [self._make_plan(params, grads)]
-            self._run(self._plans[0].calls)
+        try:
+            self._updated = self._advance()
+        except Exception:
+            # GradScaler takes both away after a step that returns; a scale that stays would multiply the next one.
+            if "found_inf" in self.__dict__:
+                del self.grad_scale, self.found_inf
+            raise
         return loss
 
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """As torch's; between the backward passes that one update gathers gradients stay."""
-        if self._gathered == 0:
-            super().zero_grad(set_to_none)
+    def _advance(self) -> bool | Tensor:
+        """One call of step(). Where an argument is wrong it raises before anything has changed."""
+        params = [p for group in self.param_groups for p in group["params"]]
+        grads = [p.grad for p in params]
+        if self._grad_sums:
+            grads = [self._grad_sums.get(p) if grad is None else grad for p, grad in zip(params, grads, strict=True)]
+        holds = self._plans and self._plans[0].holds(self, params, grads)
+        plan = self._plans[0] if holds else self._make_plan(params, grads)
+        self._prepare(plan.calls)
+        accumulates = self.accumulation_steps > 1 or bool(self._grad_sums)
+        if accumulates or len(plan.calls) > 1:
+            for call in plan.calls:
+                call.run(CHECK_ONLY)
+        if accumulates:
+            self._accumulate(plan.calls)
+            if self._accumulated < self.accumulation_steps:
+                return False
+        updated = self._launch(plan.calls)
+        self._keep(plan)
+        self._accumulated, self._grad_sums = 0, {}
+        return updated
 
-    def _make_plan(self, params: list[Tensor], grads: Sequence[Tensor | None]) -> "Plan":
+    def _make_plan(self, params: list[Tensor], grads: Sequence[Tensor | None]) -> Plan:
         """Calls for the parameters that have a gradient, with all but what changes at every step."""
         calls: dict[tuple[torch.device, torch.dtype, Split | None], Call] = {}
-        states = []
+        owners, values = [], []
         groups = (k for k, group in enumerate(self.param_groups) for _ in group["params"])
         for index, (p, grad, group) in enumerate(zip(params, grads, groups, strict=True)):
             if grad is not None:
@@ -109,100 +148,152 @@ class FactoredOptimizer(Optimizer):
                 key = (p.device, compute_dtype(p), split)
                 if key not in calls:
                     calls[key] = Call(split=split)
-                self._add(calls[key], group, index, p)
-                states.append(self.state[p])
+                owners.append(p)
+                values.append(self._add(calls[key], group, index, p))
         for call in calls.values():
             self._pack(call)
-        watched = [value for state in states for value in state.values()]
-        return Plan(list(calls.values()), params, [grad is None for grad in grads], states, watched, self._extras())
+        return Plan(list(calls.values()), params, [grad is None for grad in grads], owners, values, self._extras())
 
-    def _extras(self) -> list[int]:
-        """What of the groups decides how calls are made up: their sizes, and the lists that their options ask for."""
-        options = ("beta1", "ema_decay")
-        sizes = [len(group["params"]) for group in self.param_groups]
-        return sizes + [group.get(name) is None for group in self.param_groups for name in options]
+    def _keep(self, plan: Plan) -> None:
+        """After its step: the plan, and what it has added to the states."""
+        self._plans[:] = [plan]
+        for p, values in zip(plan.owners, plan.values, strict=True):
+            self.state[p].update(values)
+
+    def _extras(self) -> list[Any]:
+        """What decides how calls are made up: sizes of groups, lists that their options ask for, kinds of parameters."""
+        groups = self.param_groups
+        sizes = [len(group["params"]) for group in groups]
+        lists = [group.get(name) is None for group in groups for name in ("beta1", "ema_decay")]
+        return [*sizes, *lists, *[(p.dtype, p.device) for group in groups for p in group["params"]]]
 
     def _update_in_backward(self, index: int, p: Tensor) -> None:
         """A step of one parameter, of the first group."""
         call = Call(split=split_of(p) if hasattr(p, "placements") else None)
-        self._add(call, 0, index, p)
+        values = self._add(call, 0, index, p)
         self._pack(call)
-        self._run([call])
+        self._prepare([call])
+        self._launch([call])
+        self.state[p].update(values)
 
-    def _add(self, call: Call, group: int, index: int, p: Tensor) -> None:
-        """Enters a parameter, the index-th of all, into a call."""
-        state, options = self.state[p], self.param_groups[group]
-        if "step" not in state:
-            self._complete(state, p, options)
+    def _add(self, call: Call, group: int, index: int, p: Tensor) -> dict[str, Any]:
+        """Enters a parameter, the index-th of all, into a call; returns what the call takes from its state."""
+        options = self.param_groups[group]
+        values = self._completed(p, self.state.get(p) or {}, options)
         if p.dim() > 1:
-            call.rows.append(local(state[self.row_key]))
-            call.cols.append(local(state[self.col_key]))
+            call.rows.append(local(values[self.row_key]))
+            call.cols.append(local(values[self.col_key]))
         else:
-            call.vectors.append(local(state[self.vector_key]))
+            call.vectors.append(local(values[self.vector_key]))
         if options.get("beta1") is not None:
-            call.moments.append(local(state["exp_avg"]))
+            call.moments.append(local(values["exp_avg"]))
         if options.get("ema_decay") is not None:
-            call.averages.append(local(state["average"]))
+            call.averages.append(local(values["average"]))
         call.spread = call.spread or hasattr(p, "placements")
         call.params.append(local(p))
         call.owners.append(p)
-        call.states.append(state)
+        call.states.append(values)
         call.group_of.append(group)
         call.ids.append(index)
         if call.split is not None:
             call.shards += geometry(p)
+        return values
 
-    def _run(self, calls: list[Call]) -> None:
-        """One step; nothing has been written when an argument is wrong."""
+    def _prepare(self, calls: list[Call]) -> None:
+        """What changes at every step: gradients, learning rates, options and scale."""
+        for group in self.param_groups:
+            self.check_group(group)
+        scale, found = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)  # GradScaler sets both
+        lr = op_lr([group["lr"] for group in self.param_groups])
         for call in calls:
-            call.grads = [local_grad(p, p.grad) for p in call.owners]
+            call.grads = [local_grad(p, self._grad_sums[p] if p.grad is None else p.grad) for p in call.owners]
             if call.spread:  # FSDP2 may have given a parameter new memory
                 call.params = [local(p) for p in call.owners]
             if any(grad.layout != torch.strided for grad in call.grads):
                 raise RuntimeError("Adafactor does not support sparse gradients")
-        scale, found = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)  # GradScaler sets both
-        if self.accumulation_steps > 1 and calls:
-            scale = torch.ones((), device=calls[0].params[0].device) if scale is None else scale
-            scale = scale * self.accumulation_steps
-        lr = op_lr([group["lr"] for group in self.param_groups])
-        for call in calls:
             device, dtype = call.params[0].device, compute_dtype(call.params[0])
             call.lr = lr if lr.device == device else lr.to("cpu")
             call.options = [x for group in self.param_groups for x in self.group_options(group, dtype)]
             call.grad_scale = None if scale is None else scale.to(device, torch.float32)
             call.found_inf = None if found is None else found.to(device, torch.float32)
             call.max_grad_norm, call.skip_nonfinite = self.max_grad_norm, self.skip_nonfinite
-        one_norm = len(calls) > 1 and (self.max_grad_norm is not None or self.skip_nonfinite)
+
+    def _accumulate(self, calls: list[Call]) -> None:
+        """Takes the gradients, so that no zero_grad() can lose them, and puts their sums into the calls."""
+        self._accumulated += 1
+        for call in calls:
+            for p in call.owners:
+                if p.grad is not None:
+                    grad, before = p.grad.detach(), self._grad_sums.get(p)
+                    if call.grad_scale is not None:
+                        grad = grad.to(compute_dtype(p)) / call.grad_scale
+                    if before is None:
+                        self._grad_sums[p] = grad.clone()
+                    else:
+                        before += grad
+                    p.grad = None
+            call.grads = [local_grad(p, self._grad_sums[p]) for p in call.owners]
+            call.grad_scale = torch.full((), float(self._accumulated), device=call.params[0].device)
+            # An infinity of an earlier call is in the sum; GradScaler has forgotten it.
+            call.skip_nonfinite = call.skip_nonfinite or call.found_inf is not None
+
+    def _launch(self, calls: list[Call]) -> bool | Tensor:
+        """The step of the op; returns whether it updated, as a tensor where that is known on the device alone."""
+        if not calls:
+            updated = bool(self._in_backward)
+            if updated:
+                self._in_backward.clear()
+            return updated
+        open_end = calls[0].found_inf is not None or calls[0].skip_nonfinite
+        before = calls[0].steps.clone() if open_end else None
+        one_norm = len(calls) > 1 and (self.max_grad_norm is not None or calls[0].skip_nonfinite)
         if one_norm or any(call.split for call in calls):
             run_in_phases(calls)
         else:
             for call in calls:
                 call.run()
+        return True if before is None else (calls[0].steps != before).any()
 
-    def _complete(self, state: dict[str, Any], p: Tensor, group: dict[str, Any]) -> None:
-        """What the state lacks: zeros, and an average that starts at the parameter."""
-        names = [self.row_key, self.col_key] if p.dim() > 1 else [self.vector_key]
-        names += ["exp_avg"] if group.get("beta1") is not None else []
+    def _state_part(self, p: Tensor, name: str) -> tuple[tuple[int, ...], dict[int, int]]:
+        """The whole shape of a state tensor of p, and which of its dimensions those of p become."""
+        if name not in (self.row_key, self.col_key):
+            return tuple(p.shape), dict(enumerate(range(p.dim())))
+        row, col = self.factor_shapes(p.shape)
+        last = p.dim() - 1
+        # Rows have lost the last dimension, columns the one before it.
+        if name == self.row_key:
+            return row, dict(enumerate(range(last)))
+        return col, dict(enumerate(range(last - 1))) | {last: len(col) - 1}
+
+    def _completed(self, p: Tensor, state: dict[str, Any], group: dict[str, Any]) -> dict[str, Any]:
+        """What a step takes from the state of p: as the op wants it, whoever wrote it, and zeros where nothing is."""
+        factors = [self.row_key, self.col_key] if p.dim() > 1 else [self.vector_key]
+        if "step" in state and not all(name in state for name in factors):
+            raise ValueError(f"the state of a parameter must hold {sorted(factors)}, got {sorted(state)}")
+        names = [*factors, *(["exp_avg"] if group.get("beta1") is not None else [])]
+        values: dict[str, Any] = {}
         for name in names:  # in the same order in every process
-            if name not in state:
-                state[name] = self._zeros(p, name)
-        for number in ("step", self.rms_key):
-            if number is not None and number not in state:
-                state[number] = torch.zeros((), dtype=torch.float32, device=p.device)
-        if group.get("ema_decay") is not None and "average" not in state:
-            state["average"] = p.detach().to(compute_dtype(p), copy=True).contiguous()
+            shape, dims = self._state_part(p, name)
+            known = state.get(name) is not None
+            values[name] = (
+                self._fitted(p, name, state[name]) if known else zeros_like_part(p, shape, dims, compute_dtype(p))
+            )
+        for name in ("step", self.rms_key):
+            if name is not None:
+                values[name] = self._fitted(p, name, state.get(name, 0))
+        if group.get("ema_decay") is not None:
+            known = state.get("average") is not None
+            start = p.detach().to(compute_dtype(p), copy=True).contiguous() if not known else None
+            values["average"] = self._fitted(p, "average", state["average"]) if known else start
+        return values
 
-    def _zeros(self, p: Tensor, name: str) -> Tensor:
-        """A state tensor of p, in the compute dtype and spread over processes as p is."""
-        if name in (self.row_key, self.col_key):
-            row, col = self.factor_shapes(p.shape)
-            last = p.dim() - 1
-            # The dimension of the factor that dimensions of p become: rows have lost the last one, columns another.
-            dims = dict(enumerate(range(last))) if name == self.row_key else dict(enumerate(range(last - 1)))
-            if name == self.col_key:
-                dims[last] = len(col) - 1
-            return zeros_like_part(p, row if name == self.row_key else col, dims, compute_dtype(p))
-        return zeros_like_part(p, tuple(p.shape), dict(enumerate(range(p.dim()))), compute_dtype(p))
+    def _fitted(self, p: Tensor, name: str, value: Any) -> Any:
+        """A value of the state where and as it is kept, in full precision whatever the parameter's dtype."""
+        if name in ("step", self.rms_key):
+            return _number(value, name, p.device)
+        if name in (self.row_key, self.col_key, self.vector_key, "exp_avg", "average"):
+            return placed_like_part(p, *self._state_part(p, name), compute_dtype(p), value, name)
+        return value.to(p.device) if isinstance(value, Tensor) else value
 
     def _pack(self, call: Call) -> None:
         """Step counts and RMS as the op wants them, [n] each; those in the state become views of these."""
@@ -232,40 +323,49 @@ class FactoredOptimizer(Optimizer):
                     p.copy_(value)
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = ("max_grad_norm", "skip_nonfinite", "accumulation_steps", "_gathered")
+        kept = ("max_grad_norm", "skip_nonfinite", "accumulation_steps", "_accumulated", "_grad_sums")
         return super().__getstate__() | {name: getattr(self, name) for name in kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._plans = []
-        for group in self.param_groups:
-            for name, value in self.defaults.items():
+        defaults = state.get("defaults") or self.defaults
+        states = defaultdict(dict, state["state"])
+        for group in state["param_groups"]:
+            for name, value in defaults.items():
                 if name != "differentiable":  # the base class leaves that in defaults
                     group.setdefault(name, value)
+            self.check_group(group)
             for p in group["params"]:
-                if values := self.state.get(p):
-                    self._restore(p, values, group)
+                if p in states:
+                    states[p] = self._restored(p, states[p], group)
+        self._plans, self._updated, self._in_backward = [], False, self.__dict__.get("_in_backward")
+        super().__setstate__(state | {"state": states})
 
-    def _restore(self, p: Tensor, values: dict[str, Any], group: dict[str, Any]) -> None:
-        factors = {self.row_key, self.col_key} if p.dim() > 1 else {self.vector_key}
-        if "step" in values and not factors <= values.keys():
-            raise ValueError(f"the state of a parameter must hold {sorted(factors)}, got {sorted(values)}")
-        self.state[p] = {name: self._restored(p, name, value) for name, value in values.items()}
-        if "step" in values:
-            self._complete(self.state[p], p, group)
+    def _restored(self, p: Tensor, values: Any, group: dict[str, Any]) -> dict[str, Any]:
+        if not isinstance(values, dict):
+            raise ValueError(f"the state of a parameter must be a dict, got {values!r}")
+        values = {name: value.tensor if isinstance(value, _Untouched) else value for name, value in values.items()}
+        completed = self._completed(p, values, group) if "step" in values else {}
+        others = {name: self._fitted(p, name, value) for name, value in values.items() if name not in completed}
+        return completed | others
 
-    def _restored(self, p: Tensor, name: str, value: Any) -> Any:
-        """A value of a loaded state where and as it is kept: in full precision whatever the parameter's dtype."""
-        value = value.tensor if isinstance(value, _Untouched) else value
-        if name in ("step", self.rms_key):
-            number = value.detach().float() if isinstance(value, Tensor) else torch.tensor(float(value))
-            return number.reshape(()).to(p.device)
-        if name in (self.row_key, self.col_key, self.vector_key, "exp_avg", "average"):
-            return placed_like(self._zeros(p, name), value, name)
-        return value.to(p.device) if isinstance(value, Tensor) else value
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's; gradients that wait for an update are in it, too."""
+        result = super().state_dict()
+        if self._accumulated:
+            params = [p for group in self.param_groups for p in group["params"]]
+            sums = {index: self._grad_sums[p] for index, p in enumerate(params) if p in self._grad_sums}
+            result["accumulation"] = {"steps": self._accumulated, "grad_sums": sums}
+        return result
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's, without its cast of the state to the dtype of the parameters."""
+        waiting = state_dict.get("accumulation", {"steps": 0, "grad_sums": {}})
+        params = [p for group in self.param_groups for p in group["params"]]
+        sums = {}
+        for index, value in waiting["grad_sums"].items():
+            if not 0 <= index < len(params) or value.shape != params[index].shape:
+                raise ValueError(f"grad_sums must have the shapes of the parameters, got {tuple(value.shape)}")
+            sums[params[index]] = value.detach().clone().to(params[index].device)
 
         def wrap(_: Optimizer, loaded: dict[str, Any]) -> dict[str, Any]:
             state = {
@@ -281,6 +381,7 @@ class FactoredOptimizer(Optimizer):
             super().load_state_dict(state_dict)
         finally:
             last.remove()
+        self._accumulated, self._grad_sums = waiting["steps"], sums
 
 
 class _Untouched:
@@ -288,3 +389,14 @@ class _Untouched:
 
     def __init__(self, tensor: Tensor) -> None:
         self.tensor = tensor.detach().clone()
+
+
+def _number(value: Any, name: str, device: torch.device) -> Tensor:
+    """A number of the state as float32 on the device; itself where it is so already."""
+    if isinstance(value, Tensor):
+        value = value.full_tensor() if hasattr(value, "placements") else value
+        if value.numel() == 1 and not value.is_complex():
+            return value.reshape(()).to(device, torch.float32) if value.dim() else value.to(device, torch.float32)
+    elif hasattr(value, "__float__") and float(value) >= 0:
+        return torch.full((), float(value), dtype=torch.float32, device=device)
+    raise ValueError(f"{name} of the state must be a number of at least 0, got {value!r}")

@@ -64,31 +64,43 @@ def geometry(p: Any) -> list[int]:
     return [math.prod(shape), rows, cols, matrix, *first]
 
 
+def _placements(p: Any, dims: dict[int, int]) -> list[Any]:
+    """How a state tensor is split beside p; dims maps dimensions of p to those of the state."""
+    from torch.distributed.tensor import Replicate, Shard
+
+    wanted = [None if placement.is_replicate() else dims.get(placement.dim % p.dim()) for placement in p.placements]
+    return [Replicate() if dim is None else Shard(dim) for dim in wanted]
+
+
 def zeros_like_part(p: Any, shape: tuple[int, ...], dims: dict[int, int], dtype: torch.dtype) -> Tensor:
-    """Zeros of a state tensor of this (whole) shape, split as p is; dims maps dimensions of p to those of the state."""
+    """Zeros of a state tensor of this (whole) shape, split as p is."""
     if not hasattr(p, "placements"):
         return torch.zeros(shape, dtype=dtype, device=p.device)
-    from torch.distributed.tensor import Replicate, Shard, zeros
+    from torch.distributed.tensor import zeros
 
-    placements = []
-    for placement in p.placements:
-        dim = None if placement.is_replicate() else dims.get(placement.dim % p.dim())
-        placements.append(Replicate() if dim is None else Shard(dim))
-    return zeros(shape, dtype=dtype, device_mesh=p.device_mesh, placements=placements)
+    return zeros(shape, dtype=dtype, device_mesh=p.device_mesh, placements=_placements(p, dims))
 
 
-def placed_like(target: Any, value: Any, name: str) -> Tensor:
-    """A loaded state tensor in the dtype, on the device and in the parts of the target."""
-    if not isinstance(value, Tensor) or value.shape != target.shape:
+def placed_like_part(
+    p: Any, shape: tuple[int, ...], dims: dict[int, int], dtype: torch.dtype, value: Any, name: str
+) -> Tensor:
+    """A state tensor that another has written as zeros_like_part has it; itself where it is so already."""
+    if not isinstance(value, Tensor) or tuple(value.shape) != shape:
         got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
-        raise ValueError(f"{name} of the state must have shape {tuple(target.shape)}, got {got}")
-    value = value.to(target.device, target.dtype)
-    if hasattr(target, "placements"):
+        raise ValueError(f"{name} of the state must have shape {shape}, got {got}")
+    if value.layout != torch.strided or value.is_complex():
+        raise ValueError(f"{name} of the state must be dense and real, got {value.layout} and {value.dtype}")
+    value = value.to(p.device, dtype)
+    if hasattr(value, "placements") and not hasattr(p, "placements"):
+        value = value.full_tensor()
+    if hasattr(p, "placements"):
         from torch.distributed.tensor import distribute_tensor
 
+        placements = _placements(p, dims)
         if not hasattr(value, "placements"):  # a checkpoint of one process, which every process has read
-            return distribute_tensor(value, target.device_mesh, target.placements, src_data_rank=None)
-        value = value.redistribute(target.device_mesh, target.placements)
+            return distribute_tensor(value, p.device_mesh, placements, src_data_rank=None)
+        if list(value.placements) != placements:
+            value = value.redistribute(p.device_mesh, placements)
     return value.contiguous()
 
 

@@ -1,11 +1,13 @@
 """Adafactor, the optimizer with factored second moments, as one call of a compiled op for all parameters."""
 
+import inspect
 import math
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import BackwardCFunction
 
 from fastnlp_ops._adafactor_call import Call, check_options, op_lr, op_options
 from fastnlp_ops._adafactor_engine import FactoredOptimizer
@@ -169,7 +171,8 @@ class Adafactor(FactoredOptimizer):
         torch.Size([2])
 
     Args:
-        params (iterable): parameters or groups of them; groups may differ in every option up to lazy.
+        params (iterable): parameters or groups of them; groups may differ in every option up to ema_decay. As in
+            transformers a group with relative_step makes no use of lr, one without it none of warmup_init.
         lr (float or Tensor): learning rate; None with relative_step.
         eps (tuple): (eps1, eps2): added to squared gradients, and the least RMS that scales a step.
         clip_threshold (float): largest RMS of an update before the learning rate; None: any.
@@ -180,8 +183,9 @@ class Adafactor(FactoredOptimizer):
         relative_step (bool): the learning rate is min(1e-2, 1 / sqrt(t)).
         warmup_init (bool): the learning rate is min(1e-6 t, 1 / sqrt(t)).
         maximize (bool): go up the gradient.
-        capturable (bool): for torch's interface; without it, too, a step can be captured. A learning rate that is to
-            change between replays is a tensor on the device.
+        capturable (bool): GradScaler hands its scale to the step and nothing waits for the device; trainers that clip
+            unscaled gradients refuse that. A step can be captured without it, too. A learning rate that is to change
+            between replays is a tensor on the device.
         rounding (str): "stochastic": bfloat16 and float16 parameters are rounded up or down at random with the right
             mean, so that steps below half a unit in the last place are not lost. The same on every device and path.
         layer_adaptation (bool): every parameter's step is as long as its learning rate times the norm of the parameter.
@@ -189,8 +193,9 @@ class Adafactor(FactoredOptimizer):
         ema_decay (float): keep a moving average of the weights, see :meth:`averaged_weights`; None: none.
         skip_nonfinite (bool): a step with NaN or infinity (or a square beyond float32) in any gradient is left out.
         max_grad_norm (float): gradients, as one vector, are scaled down to this length; p.grad keeps its values.
-        accumulation_steps (int): only every so many calls of step() update, with the mean of the gradients that
-            backward has added up; zero_grad() does nothing in between.
+        accumulation_steps (int): only every so many calls of step() update, with the mean of their gradients. Each call
+            takes the gradients (p.grad is None after it) into sums of their size, so that no zero_grad() loses them;
+            sums that wait are in the checkpoint.
 
     Raises:
         ValueError: for options that exclude each other or are out of range.
@@ -235,6 +240,10 @@ class Adafactor(FactoredOptimizer):
         max_grad_norm: float | None = None,
         accumulation_steps: int = 1,
     ) -> None:
+        if lr is not None and relative_step:
+            raise ValueError("Cannot combine manual `lr` and `relative_step=True` options")
+        if warmup_init and not relative_step:
+            raise ValueError("`warmup_init=True` requires `relative_step=True`")
         check_options({"max_grad_norm": max_grad_norm, "accumulation_steps": accumulation_steps})
         self.skip_nonfinite, self.max_grad_norm = skip_nonfinite, max_grad_norm
         self.accumulation_steps = accumulation_steps
@@ -257,17 +266,11 @@ class Adafactor(FactoredOptimizer):
         }
         super().__init__(params, defaults)
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As torch's, after a look at the group's options."""
-        group = self.defaults | param_group
-        if group["lr"] is not None and group["relative_step"]:
-            raise ValueError("Cannot combine manual `lr` and `relative_step=True` options")
-        if group["warmup_init"] and not group["relative_step"]:
-            raise ValueError("`warmup_init=True` requires `relative_step=True`")
+    def check_group(self, group: dict[str, Any]) -> None:
+        """ValueError for an option of a group that is out of its range."""
         if group["lr"] is None and not group["relative_step"]:
             raise ValueError("lr must be given where relative_step is off, got None")
         check_options(group)
-        super().add_param_group(param_group)
 
     def factor_shapes(self, shape: torch.Size) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """As transformers keeps them."""
@@ -285,7 +288,7 @@ class Adafactor(FactoredOptimizer):
         """As torch's; step counts are integers, as in transformers' checkpoints."""
         result = super().state_dict()
         for key, values in result["state"].items():
-            if "step" in values:
+            if isinstance(values, dict) and "step" in values:
                 result["state"][key] = values | {"step": int(values["step"])}
         return result
 
@@ -326,14 +329,25 @@ def adafactor_in_backward(model: nn.Module, **options: Any) -> Adafactor:
 
     Raises:
         ValueError: for an option that needs all gradients at once.
+        RuntimeError: in backward, for a layer that two reentrant checkpoints share: its gradient comes in two parts. Those
+            without (use_reentrant=False) give it whole. With reentrant ones step() has to follow each backward pass.
     """
     for name in ("max_grad_norm", "skip_nonfinite", "accumulation_steps"):
         if name in options:
             raise ValueError(f"{name} must be left out, it needs all gradients at once, got {options[name]!r}")
     params = [p for p in model.parameters() if p.requires_grad]
     optimizer = Adafactor(params, **options)
+    updated = optimizer._in_backward = {}
 
     def update(p: Tensor, index: int) -> None:
+        nested = _in_nested_backward()
+        if index in updated and (nested or updated[index]):
+            raise RuntimeError(
+                f"a parameter of shape {tuple(p.shape)} gets a second gradient within one backward pass, because "
+                "reentrant checkpoints share it, or step() has not been called since the last pass: use "
+                "checkpoint(..., use_reentrant=False), and call step() after each backward()"
+            )
+        updated[index] = nested
         with torch.no_grad():
             optimizer._update_in_backward(index, p)
         p.grad = None
@@ -341,3 +355,13 @@ def adafactor_in_backward(model: nn.Module, **options: Any) -> Adafactor:
     for index, p in enumerate(params):
         p.register_post_accumulate_grad_hook(lambda p, index=index: update(p, index))
     return optimizer
+
+
+def _in_nested_backward() -> bool:
+    """Whether backward() has been called by the backward of a custom function, as reentrant checkpoints do."""
+    frame, nested = inspect.currentframe(), False
+    while frame := frame and frame.f_back:
+        if frame.f_code is BackwardCFunction.apply.__code__ and nested:
+            return True
+        nested = nested or frame.f_code is torch.autograd.backward.__code__
+    return False

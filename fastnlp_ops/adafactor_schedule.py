@@ -12,33 +12,38 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 
-def learning_rate_groups(model: nn.Module, multipliers: Mapping[str, float]) -> list[dict[str, Any]]:
-    """Parameter groups in which the learning rate is multiplied by what the parameter's name asks for.
+def learning_rate_groups(model: nn.Module, multipliers: Mapping[str, float], lr: float | None) -> list[dict[str, Any]]:
+    """Parameter groups for any optimizer, with the learning rate times what the parameter's name asks for.
 
-    The multiplier is the product of those whose pattern occurs in the name, 1 where none does. It multiplies whole
-    steps, whether the learning rate is given, scheduled, or relative.
+    The multiplier is the product of those whose pattern occurs in the name, 1 where none does. Schedulers multiply the
+    rates of all groups alike.
 
     Equivalent to:
         >>> import torch, fastnlp_ops
         >>> model = torch.nn.ModuleDict({"encoder": torch.nn.Linear(3, 2), "crf": fastnlp_ops.CRF(2, batch_first=True)})
-        >>> groups = fastnlp_ops.learning_rate_groups(model, {"crf": 100.0, "bias": 2.0})
-        >>> [(group["lr_scale"], len(group["params"])) for group in groups]
-        [(1.0, 1), (2.0, 1), (100.0, 3)]
-        >>> optimizer = fastnlp_ops.Adafactor(groups, lr=1e-3, relative_step=False)
+        >>> groups = fastnlp_ops.learning_rate_groups(model, {"crf": 100.0, "bias": 2.0}, lr=1e-3)
+        >>> [(group["lr"], len(group["params"])) for group in groups]
+        [(0.001, 1), (0.002, 1), (0.1, 3)]
+        >>> optimizers = torch.optim.AdamW(groups), fastnlp_ops.Adafactor(groups)
 
     Args:
         model (Module): parameters that require no gradient are left out.
         multipliers (dict): regular expression, searched in the names of model.named_parameters(), to multiplier.
+        lr (float): learning rate of multiplier 1. None: :class:`Adafactor` takes its relative steps times the
+            multiplier, and other optimizers, which have no such steps, raise an error.
 
     Returns:
-        list of dict: groups for :class:`Adafactor` and :class:`TorchAdafactor`, with the key lr_scale.
+        list of dict: groups with params and lr, and with relative_step=False for :class:`Adafactor`; without a learning
+        rate with lr_scale, too, which multiplies relative steps.
 
     Raises:
-        ValueError: for a pattern that occurs in no name, and for a multiplier below 0.
+        ValueError: for a pattern that occurs in no name, for a multiplier and for a learning rate below 0.
 
     References:
         Su, bert4keras (2020), extend_with_parameter_wise_lr.
     """
+    if lr is not None and not lr >= 0:
+        raise ValueError(f"lr must be at least 0 or None, got {lr}")
     for pattern, multiplier in multipliers.items():
         if not multiplier >= 0:
             raise ValueError(f'multiplier of "{pattern}" must be at least 0, got {multiplier}')
@@ -49,7 +54,12 @@ def learning_rate_groups(model: nn.Module, multipliers: Mapping[str, float]) -> 
         if p.requires_grad:
             found = (multiplier for pattern, multiplier in multipliers.items() if re.search(pattern, name))
             groups[math.prod(found, start=1.0)].append(p)
-    return [{"params": params, "lr_scale": lr_scale} for lr_scale, params in groups.items()]
+    if lr is None:
+        return [
+            {"params": params, "lr": None, "relative_step": True, "lr_scale": multiplier}
+            for multiplier, params in groups.items()
+        ]
+    return [{"params": params, "lr": lr * multiplier, "relative_step": False} for multiplier, params in groups.items()]
 
 
 class PiecewiseLinearLR(LambdaLR):
@@ -78,7 +88,7 @@ class PiecewiseLinearLR(LambdaLR):
     def __init__(self, optimizer: Optimizer, points: Mapping[int, float], last_epoch: int = -1) -> None:
         if not points or min(points) < 0:
             raise ValueError(f"points must be steps of at least 0 with their factors, got {dict(points)}")
-        if any(group["lr"] is None for group in optimizer.param_groups):
+        if any(group["lr"] is None or group.get("relative_step") for group in optimizer.param_groups):
             raise ValueError("lr must be given for PiecewiseLinearLR, got None (relative_step=False takes one)")
         self.points = sorted(({0: 0.0} | dict(points)).items())
         super().__init__(optimizer, self.factor, last_epoch)
@@ -92,13 +102,15 @@ class PiecewiseLinearLR(LambdaLR):
 
 
 class Lookahead:
-    r"""Slow weights behind any optimizer: after every k steps they go a part of the way, and the parameters back.
+    r"""Slow weights behind any optimizer: after every k updates they go a part of the way, and the parameters back.
 
     .. math::
         s \leftarrow s + \alpha (p - s), \qquad p \leftarrow s
 
     The optimizer stays what it is: its step() does this, too, and the slow weights, which begin at the parameters, are
-    in its state and in its checkpoints.
+    in its state and in its checkpoints. Calls of step() that update nothing do not count: those that accumulate, that
+    have no gradient, and that are skipped for a gradient that is not finite. (Where only the device knows whether they
+    were, Lookahead waits for it: under skip_nonfinite, and under a GradScaler that leaves its scale to the step.)
 
     Equivalent to:
         >>> import torch, fastnlp_ops
@@ -111,12 +123,14 @@ class Lookahead:
         tensor([0.9000, 0.9000])
 
     Args:
-        optimizer (Optimizer): any of torch's kind.
-        k (int): steps between two of the slow weights.
+        optimizer (Optimizer): any of torch's kind, with one Lookahead. A copy of an optimizer has none; a copy of the
+            Lookahead brings its own copy of the optimizer.
+        k (int): updates between two of the slow weights.
         alpha (float): the part of the way.
 
     Raises:
-        ValueError: for k below 1 and alpha outside of [0, 1].
+        ValueError: for k below 1, alpha outside of [0, 1], and an optimizer that has a Lookahead; in load_state_dict for
+            slow weights of another shape.
 
     References:
         Zhang, Lucas, Hinton and Ba, "Lookahead Optimizer: k steps forward, 1 step back" (NeurIPS 2019,
@@ -128,34 +142,82 @@ class Lookahead:
             raise ValueError(f"k must be at least 1, got {k}")
         if not 0 <= alpha <= 1:
             raise ValueError(f"alpha must be in [0, 1], got {alpha}")
-        self.k, self.alpha = k, alpha
-        # Of parameters without a state (yet): to torch's optimizers a state is either empty or whole.
+        hooks = optimizer._optimizer_step_pre_hooks.values()
+        if any(isinstance(getattr(hook, "__self__", None), Lookahead) for hook in hooks):
+            raise ValueError("optimizer must have one Lookahead at most; remove() takes one off")
+        self.optimizer, self.k, self.alpha = optimizer, k, alpha
+        # Slow weights of parameters without a state (yet): to torch's optimizers a state is either empty or whole.
         self._apart: dict[Tensor, dict[str, Any]] = {}
+        self._attach()
+
+    def _attach(self) -> None:
         self._hooks = (
-            optimizer.register_step_pre_hook(self._begin),
-            optimizer.register_step_post_hook(self._follow),
+            self.optimizer.register_step_pre_hook(self._begin),
+            self.optimizer.register_step_post_hook(self._follow),
+            self.optimizer.register_load_state_dict_pre_hook(self._check),
+            self.optimizer.register_load_state_dict_post_hook(self._forget),
         )
+        self._fresh: dict[Tensor, dict[str, Any]] = {}  # slow weights that begin with the step that runs
+        self._has_gradients = False
+        if getattr(self.optimizer, "_in_backward", None) is not None:  # the first update comes before the first step()
+            self._begin(self.optimizer)
+            self._apart |= self._fresh
 
     def remove(self) -> None:
-        """From now on the optimizer steps without slow weights."""
+        """From now on the optimizer steps without slow weights, and its state holds none."""
         for hook in self._hooks:
             hook.remove()
+        for state in self.optimizer.state.values():
+            for name in ("slow", "slow_age"):
+                state.pop(name, None)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in ("optimizer", "k", "alpha", "_apart")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._attach()
 
     def _begin(self, optimizer: Optimizer, *_: Any) -> None:
-        for group in optimizer.param_groups:
-            for p in group["params"]:
-                if p not in self._apart and "slow" not in optimizer.state.get(p, ()):
-                    self._apart[p] = {"slow": p.detach().clone(), "slow_age": 0}
+        params = [p for group in optimizer.param_groups for p in group["params"]]
+        self._has_gradients = any(p.grad is not None for p in params)
+        known = [own for own in (*map(optimizer.state.get, params), *self._apart.values()) if own and "slow" in own]
+        age = known[0]["slow_age"] if known else 0  # one count for all, also for those that join later
+        self._fresh = {
+            p: {"slow": p.detach().clone(), "slow_age": age}
+            for p in params
+            if p not in self._apart and "slow" not in optimizer.state.get(p, ())
+        }
 
     @torch.no_grad()
     def _follow(self, optimizer: Optimizer, *_: Any) -> None:
-        for group in optimizer.param_groups:
-            for p in group["params"]:
-                state = optimizer.state.get(p)
-                if state and p in self._apart:
-                    state.update(self._apart.pop(p))
-                own = state or self._apart[p]
-                own["slow_age"] += 1
-                if own["slow_age"] == self.k:
-                    own["slow_age"] = 0
-                    p.copy_(own["slow"].lerp_(p, self.alpha))
+        params = [p for group in optimizer.param_groups for p in group["params"]]
+        updated = getattr(optimizer, "_updated", None)  # ours know; of others a GradScaler may
+        if updated is None:
+            found_inf = getattr(optimizer, "found_inf", None)
+            updated = self._has_gradients or any(p.grad is not None for p in params)
+            updated = updated and (found_inf is None or found_inf == 0)
+        if not updated:
+            return
+        self._apart |= self._fresh
+        for p in params:
+            if p in self._apart and (optimizer.state.get(p) or p.grad is not None):
+                optimizer.state[p].update(self._apart.pop(p))
+            own = self._apart[p] if p in self._apart else optimizer.state[p]
+            own["slow_age"] += 1
+            if own["slow_age"] >= self.k:
+                own["slow"] = own["slow"].to(p.device, p.dtype).lerp(p, self.alpha)
+                own["slow_age"] = 0
+                p.copy_(own["slow"])
+
+    def _check(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
+        params = [p for group in optimizer.param_groups for p in group["params"]]
+        saved = [key for group in state_dict["param_groups"] for key in group["params"]]
+        for p, key in zip(params, saved, strict=False):  # torch counts them
+            state = state_dict["state"].get(key)
+            slow = state.get("slow", p) if isinstance(state, dict) else p
+            if slow.shape != p.shape:
+                raise ValueError(f"slow weights must have shape {tuple(p.shape)}, got {tuple(slow.shape)}")
+
+    def _forget(self, _: Optimizer) -> None:
+        self._apart = {}

@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from fastnlp_ops._adafactor_call import op_options
+from fastnlp_ops._adafactor_call import check_options, op_options
 from fastnlp_ops._adafactor_engine import FactoredOptimizer
 
 
@@ -72,20 +72,6 @@ class TorchAdafactor(FactoredOptimizer):
         foreach: bool | None = None,
         maximize: bool = False,
     ) -> None:
-        if isinstance(lr, Tensor) and lr.numel() != 1:
-            raise ValueError("Tensor lr must be 1-element")
-        if not lr >= 0.0:
-            raise ValueError(f"Learning rate should be >= 0 but is: {lr}")
-        if not beta2_decay <= 0.0:
-            raise ValueError(f"beta2_decay should be <= 0 but is: {beta2_decay}")
-        if eps[0] is not None and not eps[0] >= 0.0:
-            raise ValueError(f"epsilon1 should be >= 0 but is: {eps[0]}")
-        if not eps[1] >= 0.0:
-            raise ValueError(f"epsilon2 should be >= 0 but is: {eps[1]}")
-        if not d >= 1.0:
-            raise ValueError(f"Clipping threshold d should be >= 1 but is: {d}")
-        if not weight_decay >= 0.0:
-            raise ValueError(f"weight_decay should be >= 0 but is: {weight_decay}")
         defaults = {
             "lr": lr,
             "beta2_decay": beta2_decay,
@@ -96,6 +82,28 @@ class TorchAdafactor(FactoredOptimizer):
             "maximize": maximize,
         }
         super().__init__(params, defaults)
+
+    def check_group(self, group: dict[str, Any]) -> None:
+        """ValueError for an option of a group that is out of its range."""
+        lr, eps, d = group["lr"], group["eps"], group["d"]
+        beta2_decay, weight_decay = group["beta2_decay"], group["weight_decay"]
+        if isinstance(lr, Tensor) and lr.numel() != 1:
+            raise ValueError("Tensor lr must be 1-element")
+        if not isinstance(lr, Tensor) and not (lr is not None and lr >= 0.0):  # the value of a tensor may be on a GPU
+            raise ValueError(f"Learning rate should be >= 0 but is: {lr}")
+        if not beta2_decay <= 0.0:
+            raise ValueError(f"beta2_decay should be <= 0 but is: {beta2_decay}")
+        if not isinstance(eps, tuple | list) or len(eps) != 2:
+            raise ValueError(f"eps should be two numbers but is: {eps}")
+        if eps[0] is not None and not eps[0] >= 0.0:
+            raise ValueError(f"epsilon1 should be >= 0 but is: {eps[0]}")
+        if not eps[1] >= 0.0:
+            raise ValueError(f"epsilon2 should be >= 0 but is: {eps[1]}")
+        if not d >= 1.0:
+            raise ValueError(f"Clipping threshold d should be >= 1 but is: {d}")
+        if not weight_decay >= 0.0:
+            raise ValueError(f"weight_decay should be >= 0 but is: {weight_decay}")
+        check_options({"lr_scale": group.get("lr_scale", 1.0)})
 
     def factor_shapes(self, shape: torch.Size) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """As torch keeps them."""
@@ -118,6 +126,7 @@ class TorchAdafactor(FactoredOptimizer):
         """As torch's; step counts are on the CPU, as in torch's checkpoints."""
         result = super().state_dict()
         for key, values in result["state"].items():
-            if "step" in values:
-                result["state"][key] = values | {"step": values["step"].to("cpu", copy=True)}
+            if isinstance(values, dict) and "step" in values:
+                step = torch.as_tensor(values["step"], dtype=torch.float32).to("cpu", copy=True)
+                result["state"][key] = values | {"step": step}
         return result

@@ -74,7 +74,7 @@ struct Step {
         size(call.compute == ScalarType::Double ? 8 : 4),
         gated(arguments.max_grad_norm > 0 || arguments.skip_nonfinite),
         items(call.tensors.size()) {
-    if (items.empty() || (a.found_inf && a.found_inf->const_data_ptr<float>()[0] != 0)) return;
+    if (items.empty() || a.phases == 0 || (a.found_inf && a.found_inf->const_data_ptr<float>()[0] != 0)) return;
     sums = a.sums ? a.sums->mutable_data_ptr() : memory(call.sums_size * static_cast<int64_t>(size));
     const double clip = a.phases & kAdafactorRows ? 1 : clip_factor();
     for (size_t i = 0; i < items.size(); ++i) prepare(static_cast<int64_t>(i), clip);

@@ -85,6 +85,7 @@ void adafactor_step_(std::vector<Tensor> params, std::vector<Tensor> grads, std:
   for (const AdafactorTensor& t : call.tensors)
     check(t.batch * t.rows < INT32_MAX && t.batch * t.cols < INT32_MAX,
           "params on CUDA must have fewer than 2^31 rows and columns");
+  if (phases == 0) return;
   const Tensor& like = params[0];
   const torch::stable::accelerator::DeviceGuard guard(like.get_device_index());
   void* current = nullptr;
