@@ -16,6 +16,7 @@ from fastnlp_ops._adafactor_shards import (
     geometry,
     local,
     local_grad,
+    number_on,
     placed_like_part,
     run_in_phases,
     split_of,
@@ -37,8 +38,8 @@ class Plan(NamedTuple):
         """Whether the calls are those of the optimizer still."""
         if self.missing != [grad is None for grad in grads] or self.extras != optimizer._extras():
             return False
-        states = [optimizer.state.get(p) for p in self.owners]
-        if not _same(self.params, params) or any(state is None for state in states):
+        states: list[dict[str, Any]] = [optimizer.state.get(p, {}) for p in self.owners]
+        if not _same(self.params, params):
             return False
         ours = [value for own in self.values for value in own.values()]
         return _same(ours, [state.get(name) for state, own in zip(states, self.values, strict=True) for name in own])
@@ -133,7 +134,8 @@ class FactoredOptimizer(Optimizer):
             if self._accumulated < self.accumulation_steps:
                 return False
         updated = self._launch(plan.calls)
-        self._keep(plan)
+        if not holds:
+            self._keep(plan)
         self._accumulated, self._grad_sums = 0, {}
         return updated
 
@@ -161,7 +163,7 @@ class FactoredOptimizer(Optimizer):
             self.state[p].update(values)
 
     def _extras(self) -> list[Any]:
-        """What decides how calls are made up: sizes of groups, lists that their options ask for, kinds of parameters."""
+        """What calls depend on: sizes of groups, lists that their options ask for, kinds of parameters."""
         groups = self.param_groups
         sizes = [len(group["params"]) for group in groups]
         lists = [group.get(name) is None for group in groups for name in ("beta1", "ema_decay")]
@@ -241,18 +243,18 @@ class FactoredOptimizer(Optimizer):
         """The step of the op; returns whether it updated, as a tensor where that is known on the device alone."""
         if not calls:
             updated = bool(self._in_backward)
-            if updated:
-                self._in_backward.clear()
+            (self._in_backward or {}).clear()
             return updated
+        steps = calls[0].steps
         open_end = calls[0].found_inf is not None or calls[0].skip_nonfinite
-        before = calls[0].steps.clone() if open_end else None
+        before = steps.clone() if steps is not None and open_end else None
         one_norm = len(calls) > 1 and (self.max_grad_norm is not None or calls[0].skip_nonfinite)
         if one_norm or any(call.split for call in calls):
             run_in_phases(calls)
         else:
             for call in calls:
                 call.run()
-        return True if before is None else (calls[0].steps != before).any()
+        return True if before is None or steps is None else steps.ne(before).any()
 
     def _state_part(self, p: Tensor, name: str) -> tuple[tuple[int, ...], dict[int, int]]:
         """The whole shape of a state tensor of p, and which of its dimensions those of p become."""
@@ -273,24 +275,23 @@ class FactoredOptimizer(Optimizer):
         names = [*factors, *(["exp_avg"] if group.get("beta1") is not None else [])]
         values: dict[str, Any] = {}
         for name in names:  # in the same order in every process
-            shape, dims = self._state_part(p, name)
-            known = state.get(name) is not None
-            values[name] = (
-                self._fitted(p, name, state[name]) if known else zeros_like_part(p, shape, dims, compute_dtype(p))
-            )
-        for name in ("step", self.rms_key):
-            if name is not None:
-                values[name] = self._fitted(p, name, state.get(name, 0))
+            if state.get(name) is not None:
+                values[name] = self._fitted(p, name, state[name])
+            else:
+                values[name] = zeros_like_part(p, *self._state_part(p, name), compute_dtype(p))
+        for name in ("step",) if self.rms_key is None else ("step", self.rms_key):
+            values[name] = self._fitted(p, name, state.get(name, 0))
         if group.get("ema_decay") is not None:
-            known = state.get("average") is not None
-            start = p.detach().to(compute_dtype(p), copy=True).contiguous() if not known else None
-            values["average"] = self._fitted(p, "average", state["average"]) if known else start
+            if state.get("average") is not None:
+                values["average"] = self._fitted(p, "average", state["average"])
+            else:
+                values["average"] = p.detach().to(compute_dtype(p), copy=True).contiguous()
         return values
 
     def _fitted(self, p: Tensor, name: str, value: Any) -> Any:
         """A value of the state where and as it is kept, in full precision whatever the parameter's dtype."""
         if name in ("step", self.rms_key):
-            return _number(value, name, p.device)
+            return number_on(p.device, value, name)
         if name in (self.row_key, self.col_key, self.vector_key, "exp_avg", "average"):
             return placed_like_part(p, *self._state_part(p, name), compute_dtype(p), value, name)
         return value.to(p.device) if isinstance(value, Tensor) else value
@@ -333,10 +334,10 @@ class FactoredOptimizer(Optimizer):
             for name, value in defaults.items():
                 if name != "differentiable":  # the base class leaves that in defaults
                     group.setdefault(name, value)
-            self.check_group(group)
             for p in group["params"]:
                 if p in states:
                     states[p] = self._restored(p, states[p], group)
+            self.check_group(group)
         self._plans, self._updated, self._in_backward = [], False, self.__dict__.get("_in_backward")
         super().__setstate__(state | {"state": states})
 
@@ -389,14 +390,3 @@ class _Untouched:
 
     def __init__(self, tensor: Tensor) -> None:
         self.tensor = tensor.detach().clone()
-
-
-def _number(value: Any, name: str, device: torch.device) -> Tensor:
-    """A number of the state as float32 on the device; itself where it is so already."""
-    if isinstance(value, Tensor):
-        value = value.full_tensor() if hasattr(value, "placements") else value
-        if value.numel() == 1 and not value.is_complex():
-            return value.reshape(()).to(device, torch.float32) if value.dim() else value.to(device, torch.float32)
-    elif hasattr(value, "__float__") and float(value) >= 0:
-        return torch.full((), float(value), dtype=torch.float32, device=device)
-    raise ValueError(f"{name} of the state must be a number of at least 0, got {value!r}")

@@ -39,6 +39,10 @@ def local(x: Any) -> Tensor:
     return part.wait() if isinstance(part, AsyncCollectiveTensor) else part
 
 
+def _whole(x: Any) -> Tensor:
+    return x.full_tensor() if hasattr(x, "placements") else x
+
+
 def local_grad(p: Any, grad: Any) -> Tensor:
     """The part of the gradient that belongs to the local part of the parameter."""
     if hasattr(p, "placements") and getattr(grad, "placements", p.placements) != p.placements:
@@ -91,17 +95,27 @@ def placed_like_part(
     if value.layout != torch.strided or value.is_complex():
         raise ValueError(f"{name} of the state must be dense and real, got {value.layout} and {value.dtype}")
     value = value.to(p.device, dtype)
-    if hasattr(value, "placements") and not hasattr(p, "placements"):
-        value = value.full_tensor()
-    if hasattr(p, "placements"):
-        from torch.distributed.tensor import distribute_tensor
+    if not hasattr(p, "placements"):
+        return _whole(value).contiguous()
+    from torch.distributed.tensor import distribute_tensor
 
-        placements = _placements(p, dims)
-        if not hasattr(value, "placements"):  # a checkpoint of one process, which every process has read
-            return distribute_tensor(value, p.device_mesh, placements, src_data_rank=None)
-        if list(value.placements) != placements:
-            value = value.redistribute(p.device_mesh, placements)
+    placements = _placements(p, dims)
+    if not hasattr(value, "placements"):  # a checkpoint of one process, which every process has read
+        return distribute_tensor(value, p.device_mesh, placements, src_data_rank=None)
+    if list(value.placements) != placements:
+        value = value.redistribute(p.device_mesh, placements)
     return value.contiguous()
+
+
+def number_on(device: torch.device, value: Any, name: str) -> Tensor:
+    """A number of the state as float32 on the device, whoever has written it; itself where it is so already."""
+    if isinstance(value, Tensor):
+        value = _whole(value)
+        if value.numel() == 1 and not value.is_complex():
+            return (value.reshape(()) if value.dim() else value).to(device, torch.float32)
+    elif hasattr(value, "__float__") and float(value) >= 0:
+        return torch.full((), float(value), dtype=torch.float32, device=device)
+    raise ValueError(f"{name} of the state must be a number of at least 0, got {value!r}")
 
 
 def _room_for_sums(call: Call) -> tuple[Tensor, int]:

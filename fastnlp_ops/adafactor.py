@@ -329,8 +329,8 @@ def adafactor_in_backward(model: nn.Module, **options: Any) -> Adafactor:
 
     Raises:
         ValueError: for an option that needs all gradients at once.
-        RuntimeError: in backward, for a layer that two reentrant checkpoints share: its gradient comes in two parts. Those
-            without (use_reentrant=False) give it whole. With reentrant ones step() has to follow each backward pass.
+        RuntimeError: in backward, for a layer that two reentrant checkpoints share: its gradient comes in two parts.
+            Others (use_reentrant=False) give it whole. With reentrant ones step() has to follow each backward pass.
     """
     for name in ("max_grad_norm", "skip_nonfinite", "accumulation_steps"):
         if name in options:

@@ -12,7 +12,9 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 
-def learning_rate_groups(model: nn.Module, multipliers: Mapping[str, float], lr: float | None) -> list[dict[str, Any]]:
+def learning_rate_groups(
+    model: nn.Module, multipliers: Mapping[str, float], lr: float | None = None
+) -> list[dict[str, Any]]:
     """Parameter groups for any optimizer, with the learning rate times what the parameter's name asks for.
 
     The multiplier is the product of those whose pattern occurs in the name, 1 where none does. Schedulers multiply the
@@ -55,10 +57,7 @@ def learning_rate_groups(model: nn.Module, multipliers: Mapping[str, float], lr:
             found = (multiplier for pattern, multiplier in multipliers.items() if re.search(pattern, name))
             groups[math.prod(found, start=1.0)].append(p)
     if lr is None:
-        return [
-            {"params": params, "lr": None, "relative_step": True, "lr_scale": multiplier}
-            for multiplier, params in groups.items()
-        ]
+        return [{"params": params, "lr": None, "lr_scale": multiplier} for multiplier, params in groups.items()]
     return [{"params": params, "lr": lr * multiplier, "relative_step": False} for multiplier, params in groups.items()]
 
 
@@ -129,8 +128,8 @@ class Lookahead:
         alpha (float): the part of the way.
 
     Raises:
-        ValueError: for k below 1, alpha outside of [0, 1], and an optimizer that has a Lookahead; in load_state_dict for
-            slow weights of another shape.
+        ValueError: for k below 1, alpha outside of [0, 1], and an optimizer that has a Lookahead; in load_state_dict
+            for slow weights of another shape.
 
     References:
         Zhang, Lucas, Hinton and Ba, "Lookahead Optimizer: k steps forward, 1 step back" (NeurIPS 2019,

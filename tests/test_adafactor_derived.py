@@ -215,11 +215,11 @@ def test_lookahead_resumes(device):
             x.step()
             x.zero_grad()
     assert_same_weights(model, twin)
-    ages = {state["slow_age"] for state in optimizer.state.values()}
+    assert {state["slow_age"] for state in optimizer.state.values()} == {0}
     lookahead.remove()
     backward(model, 12)
     optimizer.step()
-    assert ages == {state["slow_age"] for state in optimizer.state.values()} == {0}
+    assert all("slow" not in state and "slow_age" not in state for state in optimizer.state.values())
 
 
 def test_lookahead_errors():
@@ -258,16 +258,30 @@ def test_piecewise_linear():
         fastnlp_ops.PiecewiseLinearLR(fastnlp_ops.Adafactor([p]), {1: 1.0})
 
 
-@pytest.mark.parametrize("kind", [fastnlp_ops.Adafactor, fastnlp_ops.TorchAdafactor])
-@pytest.mark.parametrize("given", [True, False])
-def test_multipliers(kind, given, device):
-    """Each parameter goes its multiple of the way, by a relative step as by a given one."""
-    options = {"lr": 1e-2} | ({"relative_step": False} if kind is fastnlp_ops.Adafactor else {}) if given else {}
+@pytest.mark.parametrize(
+    ("kind", "lr"),
+    [
+        (fastnlp_ops.Adafactor, None),
+        (fastnlp_ops.Adafactor, 1e-2),
+        (fastnlp_ops.TorchAdafactor, 1e-4),
+        (torch.optim.Adafactor, 1e-4),
+        (torch.optim.AdamW, 1e-2),
+        (torch.optim.SGD, 1e-2),
+    ],
+)
+def test_multipliers(kind, lr, device):
+    """Each parameter goes its multiple of the way, whichever optimizer takes the groups, by relative steps too."""
     model = nn.ModuleDict({"encoder": nn.Linear(3, 4), "crf": nn.Linear(4, 2)}).to(device)
     twin = copy.deepcopy(model)
-    groups = fastnlp_ops.learning_rate_groups(model, {"^crf": 100.0, "bias": 0.5})
-    assert sorted(group["lr_scale"] for group in groups) == [0.5, 1.0, 50.0, 100.0]
-    optimizer, other = kind(groups, **options), kind(twin.parameters(), **options)
+    groups = fastnlp_ops.learning_rate_groups(model, {"^crf": 100.0, "bias": 0.5}, lr)
+    if lr is None:
+        assert sorted(group["lr_scale"] for group in groups) == [0.5, 1.0, 50.0, 100.0]
+    else:
+        assert sorted(group["lr"] / lr for group in groups) == pytest.approx([0.5, 1.0, 50.0, 100.0])
+    options = {} if lr is None else {"lr": lr}
+    if kind is fastnlp_ops.Adafactor and lr is not None:
+        options["relative_step"] = False
+    optimizer, other = kind(groups), kind(twin.parameters(), **options)
     before = copy.deepcopy(model)
     for p, q in zip(model.parameters(), twin.parameters(), strict=True):
         p.grad = torch.randn_like(p)
@@ -276,7 +290,23 @@ def test_multipliers(kind, given, device):
     other.step()
     for (name, new), old, single in zip(model.named_parameters(), before.parameters(), twin.parameters(), strict=True):
         multiplier = (100.0 if "crf" in name else 1.0) * (0.5 if "bias" in name else 1.0)
-        torch.testing.assert_close(new - old, multiplier * (single - old), rtol=1e-3, atol=1e-6)
+        torch.testing.assert_close(new - old, multiplier * (single - old), rtol=0.02, atol=1e-5)
+
+
+def test_multipliers_without_a_learning_rate():
+    """Relative steps are Adafactor's: no other optimizer takes their groups in silence."""
+    model = network()
+    backward(model, 0)
+    for kind, error, sentence in (
+        (torch.optim.AdamW, TypeError, "."),
+        (torch.optim.SGD, TypeError, "."),
+        (fastnlp_ops.TorchAdafactor, ValueError, "Learning rate should be >= 0 but is: None"),
+        (lambda groups: fastnlp_ops.Adafactor(groups, 1e-3, relative_step=False), ValueError, "lr must be given where"),
+    ):
+        with pytest.raises(error, match=sentence):
+            kind(fastnlp_ops.learning_rate_groups(model, {"0": 2.0})).step()
+    with pytest.raises(ValueError, match=r"lr must be at least 0 or None, got -1.0"):
+        fastnlp_ops.learning_rate_groups(model, {}, lr=-1.0)
 
 
 def test_multipliers_errors():
