@@ -22,12 +22,17 @@ _COMPUTE = {
 }
 
 
+def check_dtype(x: Tensor, name: str) -> None:
+    """TypeError for a tensor that is not of a dtype that the op reads."""
+    if x.dtype not in _COMPUTE:
+        raise TypeError(f"{name} must be float32, float64, float16 or bfloat16, got {x.dtype}")
+
+
 def compute_dtype(p: Tensor) -> torch.dtype:
     """The dtype of the maths and of the state."""
     if p.is_complex():
         raise RuntimeError("Adafactor does not support complex parameters")
-    if p.dtype not in _COMPUTE:
-        raise TypeError(f"params must be float32, float64, float16 or bfloat16, got {p.dtype}")
+    check_dtype(p, "params")
     return _COMPUTE[p.dtype]
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from fastnlp_ops._adafactor_call import CHECK_ONLY, Call, compute_dtype, op_lr
+from fastnlp_ops._adafactor_call import CHECK_ONLY, Call, check_dtype, compute_dtype, op_lr
 from fastnlp_ops._adafactor_shards import (
     Split,
     geometry,
@@ -213,6 +213,8 @@ class FactoredOptimizer(Optimizer):
                 call.params = [local(p) for p in call.owners]
             if any(grad.layout != torch.strided for grad in call.grads):
                 raise RuntimeError("Adafactor does not support sparse gradients")
+            for grad in call.grads:
+                check_dtype(grad, "grads")
             device, dtype = call.params[0].device, compute_dtype(call.params[0])
             call.lr = lr if lr.device == device else lr.to("cpu")
             call.options = [x for group in self.param_groups for x in self.group_options(group, dtype)]
@@ -270,7 +272,7 @@ class FactoredOptimizer(Optimizer):
     def _completed(self, p: Tensor, state: dict[str, Any], group: dict[str, Any]) -> dict[str, Any]:
         """What a step takes from the state of p: as the op wants it, whoever wrote it, and zeros where nothing is."""
         factors = [self.row_key, self.col_key] if p.dim() > 1 else [self.vector_key]
-        if "step" in state and not all(name in state for name in factors):
+        if "step" in state and any(state.get(name) is None for name in factors):
             raise ValueError(f"the state of a parameter must hold {sorted(factors)}, got {sorted(state)}")
         names = [*factors, *(["exp_avg"] if group.get("beta1") is not None else [])]
         values: dict[str, Any] = {}

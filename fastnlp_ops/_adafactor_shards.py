@@ -94,7 +94,7 @@ def placed_like_part(
         raise ValueError(f"{name} of the state must have shape {shape}, got {got}")
     if value.layout != torch.strided or value.is_complex():
         raise ValueError(f"{name} of the state must be dense and real, got {value.layout} and {value.dtype}")
-    value = value.to(p.device, dtype)
+    value = (value.detach() if value.requires_grad else value).to(p.device, dtype)
     if not hasattr(p, "placements"):
         return _whole(value).contiguous()
     from torch.distributed.tensor import distribute_tensor
@@ -110,7 +110,7 @@ def placed_like_part(
 def number_on(device: torch.device, value: Any, name: str) -> Tensor:
     """A number of the state as float32 on the device, whoever has written it; itself where it is so already."""
     if isinstance(value, Tensor):
-        value = _whole(value)
+        value = _whole(value.detach() if value.requires_grad else value)
         if value.numel() == 1 and not value.is_complex():
             return (value.reshape(()) if value.dim() else value).to(device, torch.float32)
     elif hasattr(value, "__float__") and float(value) >= 0:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction
 
-from fastnlp_ops._adafactor_call import Call, check_options, op_lr, op_options
+from fastnlp_ops._adafactor_call import Call, check_dtype, check_options, op_lr, op_options
 from fastnlp_ops._adafactor_engine import FactoredOptimizer
 
 
@@ -150,6 +150,9 @@ def adafactor_step_(
     call.steps, call.rms, call.lr, call.options = steps, rms, op_lr([lr]), options
     call.grad_scale, call.found_inf = grad_scale, found_inf
     call.max_grad_norm, call.skip_nonfinite, call.seed = max_grad_norm, skip_nonfinite, seed
+    for name, tensors in (("params", params), ("grads", grads)):
+        for tensor in tensors:
+            check_dtype(tensor, name)
     with torch.no_grad():
         call.run()
 
@@ -194,8 +197,8 @@ class Adafactor(FactoredOptimizer):
         skip_nonfinite (bool): a step with NaN or infinity (or a square beyond float32) in any gradient is left out.
         max_grad_norm (float): gradients, as one vector, are scaled down to this length; p.grad keeps its values.
         accumulation_steps (int): only every so many calls of step() update, with the mean of their gradients. Each call
-            takes the gradients (p.grad is None after it) into sums of their size, so that no zero_grad() loses them;
-            sums that wait are in the checkpoint.
+            takes the gradients (p.grad is None after it) into sums of their size, so that no zero_grad() loses them.
+            state_dict() has sums that wait in it; torch.distributed.checkpoint leaves them out and is for other times.
 
     Raises:
         ValueError: for options that exclude each other or are out of range.
