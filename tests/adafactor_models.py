@@ -191,6 +191,27 @@ def test_lookahead_and_averages(world):
     assert_models_near(network, single)
 
 
+def test_accumulation(world):
+    """Each process takes its part of the gradients; states that are written as numbers and whole tensors are split."""
+    network = sharded_model()
+    optimizer = OURS(network.parameters(), accumulation_steps=2, beta1=0.9)
+    single = model()
+    alone = OURS(single.parameters(), accumulation_steps=2, beta1=0.9)
+    for seed in range(6):
+        if seed == 4:
+            for p in network.parameters():
+                state = optimizer.state[p]
+                state.update({name: whole(value) for name, value in state.items()}, step=int(state["step"]))
+        loss_of(network, *(mine(x, dist.get_rank(), world) for x in batch(seed))).backward()
+        optimizer.step()
+        network.zero_grad()
+        loss_of(single, *batch(seed)).backward()
+        alone.step()
+    assert_models_near(network, single)
+    for p in network.parameters():
+        assert optimizer.state[p]["step"].item() == 3
+
+
 def die_in_a_step(rank, world):
     """The last process dies; whoever waits for it says so."""
     network = sharded_model()

@@ -104,7 +104,7 @@ def ways():
 
 @pytest.mark.parametrize(("name", "begin", "way"), ways())
 def test_resumes(name, begin, way):
-    """From any step on, to the bit; also where a parameter has had no gradient, and where the optimizer has no state."""
+    """From any step on, to the bit; also for parameters without gradients and optimizers without state."""
     model = Net()
     optimizer = build(name, model)
     lookahead = fastnlp_ops.Lookahead(optimizer, k=3)
