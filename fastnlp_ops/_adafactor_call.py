@@ -1,6 +1,7 @@
-"""Arguments of the Adafactor op: options, learning rates, and the lists of one call."""
+"""Arguments of the Adafactor op: options, learning rates, the lists of one call, and what is kept between calls."""
 
 import math
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -14,7 +15,7 @@ CHECK_ONLY = 0  # phases of the op: none, and all
 ALL_PHASES = 15
 OPTIONS = 15  # numbers of a group
 
-_COMPUTE = {
+DTYPES = {  # of parameters and gradients, and of the maths
     torch.float32: torch.float32,
     torch.bfloat16: torch.float32,
     torch.float16: torch.float32,
@@ -24,7 +25,7 @@ _COMPUTE = {
 
 def check_dtype(x: Tensor, name: str) -> None:
     """TypeError for a tensor that is not of a dtype that the op reads."""
-    if x.dtype not in _COMPUTE:
+    if x.dtype not in DTYPES:
         raise TypeError(f"{name} must be float32, float64, float16 or bfloat16, got {x.dtype}")
 
 
@@ -33,7 +34,7 @@ def compute_dtype(p: Tensor) -> torch.dtype:
     if p.is_complex():
         raise RuntimeError("Adafactor does not support complex parameters")
     check_dtype(p, "params")
-    return _COMPUTE[p.dtype]
+    return DTYPES[p.dtype]
 
 
 def _number(x: Any) -> bool:
@@ -191,3 +192,38 @@ class Call:
         ):  # kernels of the stable ABI leave alone what autograd sees changes by
             written = [self.params, self.rows, self.cols, self.vectors, self.moments, self.averages]
             torch.autograd.graph.increment_version([tensor for tensors in written for tensor in tensors])
+
+
+@dataclass
+class Progress:
+    """What a call of step() leaves to the next one; an object, because torch.compile drops attributes of optimizers."""
+
+    accumulated: int = 0  # calls since the last update
+    grad_sums: dict[Tensor, Tensor] = field(default_factory=dict)  # of their gradients
+    updated: bool | Tensor = False  # whether the last call updated parameters; for Lookahead
+
+
+class Plan(NamedTuple):
+    """Calls of the op, and what they were made from: as long as all of it is as it was, so are they."""
+
+    calls: list[Call]
+    params: list[Tensor]
+    missing: list[bool]  # which of the parameters have no gradient
+    owners: list[Tensor]  # those that have one
+    values: list[dict[str, Any]]  # what the calls take from their states
+    watched: list[Any]  # the same in one list
+    extras: list[Any]
+
+    def holds(self, optimizer: Any, params: list[Tensor], grads: Sequence[Tensor | None]) -> bool:
+        """Whether the calls are those of the optimizer still."""
+        if self.missing != [grad is None for grad in grads] or self.extras != optimizer._extras():
+            return False
+        states: list[dict[str, Any]] = [optimizer.state.get(p, {}) for p in self.owners]
+        if not _same(self.params, params):
+            return False
+        pairs = zip(states, self.values, strict=True)
+        return _same(self.watched, [value for state, own in pairs for value in map(state.get, own)])
+
+
+def _same(ours: Sequence[Any], theirs: Sequence[Any]) -> bool:
+    return len(ours) == len(theirs) and all(map(operator.is_, ours, theirs))

@@ -1,16 +1,15 @@
 """The engine of both optimizers: from parameter groups and their state to one call of the op for each device."""
 
-import operator
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from fastnlp_ops._adafactor_call import CHECK_ONLY, Call, check_dtype, compute_dtype, op_lr
+from fastnlp_ops._adafactor_call import CHECK_ONLY, DTYPES, Call, Plan, Progress, check_dtype, compute_dtype, op_lr
 from fastnlp_ops._adafactor_shards import (
     Split,
     geometry,
@@ -22,31 +21,6 @@ from fastnlp_ops._adafactor_shards import (
     split_of,
     zeros_like_part,
 )
-
-
-class Plan(NamedTuple):
-    """Calls of the op, and what they were made from: as long as all of it is as it was, so are they."""
-
-    calls: list[Call]
-    params: list[Tensor]
-    missing: list[bool]  # which of the parameters have no gradient
-    owners: list[Tensor]  # those that have one
-    values: list[dict[str, Any]]  # what the calls take from their states
-    extras: list[Any]
-
-    def holds(self, optimizer: "FactoredOptimizer", params: list[Tensor], grads: Sequence[Tensor | None]) -> bool:
-        """Whether the calls are those of the optimizer still."""
-        if self.missing != [grad is None for grad in grads] or self.extras != optimizer._extras():
-            return False
-        states: list[dict[str, Any]] = [optimizer.state.get(p, {}) for p in self.owners]
-        if not _same(self.params, params):
-            return False
-        ours = [value for own in self.values for value in own.values()]
-        return _same(ours, [state.get(name) for state, own in zip(states, self.values, strict=True) for name in own])
-
-
-def _same(ours: Sequence[Any], theirs: Sequence[Any]) -> bool:
-    return len(ours) == len(theirs) and all(map(operator.is_, ours, theirs))
 
 
 class FactoredOptimizer(Optimizer):
@@ -68,9 +42,7 @@ class FactoredOptimizer(Optimizer):
 
     def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
         self._plans: list[Plan] = []  # one or none; a list, because torch.compile keeps what is written into it
-        self._accumulated = 0  # calls of step() since the last update
-        self._grad_sums: dict[Tensor, Tensor] = {}  # of their gradients
-        self._updated: bool | Tensor = False  # whether the last call of step() updated parameters; for Lookahead
+        self._progress = Progress()
         self._in_backward: dict[int, bool] | None = None  # updates since the last step(), see adafactor_in_backward
         super().__init__(params, defaults)
 
@@ -108,7 +80,7 @@ class FactoredOptimizer(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         try:
-            self._updated = self._advance()
+            self._progress.updated = self._advance()
         except Exception:
             # GradScaler takes both away after a step that returns; a scale that stays would multiply the next one.
             if "found_inf" in self.__dict__:
@@ -120,23 +92,25 @@ class FactoredOptimizer(Optimizer):
         """One call of step(). Where an argument is wrong it raises before anything has changed."""
         params = [p for group in self.param_groups for p in group["params"]]
         grads = [p.grad for p in params]
-        if self._grad_sums:
-            grads = [self._grad_sums.get(p) if grad is None else grad for p, grad in zip(params, grads, strict=True)]
+        if self._progress.grad_sums:
+            grads = [
+                self._progress.grad_sums.get(p) if grad is None else grad for p, grad in zip(params, grads, strict=True)
+            ]
         holds = self._plans and self._plans[0].holds(self, params, grads)
         plan = self._plans[0] if holds else self._make_plan(params, grads)
         self._prepare(plan.calls)
-        accumulates = self.accumulation_steps > 1 or bool(self._grad_sums)
+        accumulates = self.accumulation_steps > 1 or bool(self._progress.grad_sums)
         if accumulates or len(plan.calls) > 1:
             for call in plan.calls:
                 call.run(CHECK_ONLY)
         if accumulates:
             self._accumulate(plan.calls)
-            if self._accumulated < self.accumulation_steps:
+            if self._progress.accumulated < self.accumulation_steps:
                 return False
         updated = self._launch(plan.calls)
         if not holds:
             self._keep(plan)
-        self._accumulated, self._grad_sums = 0, {}
+        self._progress.accumulated, self._progress.grad_sums = 0, {}
         return updated
 
     def _make_plan(self, params: list[Tensor], grads: Sequence[Tensor | None]) -> Plan:
@@ -154,7 +128,9 @@ class FactoredOptimizer(Optimizer):
                 values.append(self._add(calls[key], group, index, p))
         for call in calls.values():
             self._pack(call)
-        return Plan(list(calls.values()), params, [grad is None for grad in grads], owners, values, self._extras())
+        watched = [value for own in values for value in own.values()]
+        missing = [grad is None for grad in grads]
+        return Plan(list(calls.values()), params, missing, owners, values, watched, self._extras())
 
     def _keep(self, plan: Plan) -> None:
         """After its step: the plan, and what it has added to the states."""
@@ -208,12 +184,12 @@ class FactoredOptimizer(Optimizer):
         scale, found = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)  # GradScaler sets both
         lr = op_lr([group["lr"] for group in self.param_groups])
         for call in calls:
-            call.grads = [local_grad(p, self._grad_sums[p] if p.grad is None else p.grad) for p in call.owners]
+            call.grads = [local_grad(p, self._progress.grad_sums[p] if p.grad is None else p.grad) for p in call.owners]
             if call.spread:  # FSDP2 may have given a parameter new memory
                 call.params = [local(p) for p in call.owners]
-            if any(grad.layout != torch.strided for grad in call.grads):
-                raise RuntimeError("Adafactor does not support sparse gradients")
-            for grad in call.grads:
+            for grad in [grad for grad in call.grads if grad.layout != torch.strided or grad.dtype not in DTYPES]:
+                if grad.layout != torch.strided:
+                    raise RuntimeError("Adafactor does not support sparse gradients")
                 check_dtype(grad, "grads")
             device, dtype = call.params[0].device, compute_dtype(call.params[0])
             call.lr = lr if lr.device == device else lr.to("cpu")
@@ -224,20 +200,20 @@ class FactoredOptimizer(Optimizer):
 
     def _accumulate(self, calls: list[Call]) -> None:
         """Takes the gradients, so that no zero_grad() can lose them, and puts their sums into the calls."""
-        self._accumulated += 1
+        self._progress.accumulated += 1
         for call in calls:
             for p in call.owners:
                 if p.grad is not None:
-                    grad, before = p.grad.detach(), self._grad_sums.get(p)
+                    grad, before = p.grad.detach(), self._progress.grad_sums.get(p)
                     if call.grad_scale is not None:
                         grad = grad.to(compute_dtype(p)) / call.grad_scale
                     if before is None:
-                        self._grad_sums[p] = grad.clone()
+                        self._progress.grad_sums[p] = grad.clone()
                     else:
                         before += grad
                     p.grad = None
-            call.grads = [local_grad(p, self._grad_sums[p]) for p in call.owners]
-            call.grad_scale = torch.full((), float(self._accumulated), device=call.params[0].device)
+            call.grads = [local_grad(p, self._progress.grad_sums[p]) for p in call.owners]
+            call.grad_scale = torch.full((), float(self._progress.accumulated), device=call.params[0].device)
             # An infinity of an earlier call is in the sum; GradScaler has forgotten it.
             call.skip_nonfinite = call.skip_nonfinite or call.found_inf is not None
 
@@ -326,7 +302,7 @@ class FactoredOptimizer(Optimizer):
                     p.copy_(value)
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = ("max_grad_norm", "skip_nonfinite", "accumulation_steps", "_accumulated", "_grad_sums")
+        kept = ("max_grad_norm", "skip_nonfinite", "accumulation_steps", "_progress")
         return super().__getstate__() | {name: getattr(self, name) for name in kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -340,8 +316,8 @@ class FactoredOptimizer(Optimizer):
                 if p in states:
                     states[p] = self._restored(p, states[p], group)
             self.check_group(group)
-        self._plans, self._updated, self._in_backward = [], False, self.__dict__.get("_in_backward")
-        super().__setstate__(state | {"state": states})
+        self._plans, self._in_backward = [], self.__dict__.get("_in_backward")
+        super().__setstate__({"_progress": Progress()} | state | {"state": states})
 
     def _restored(self, p: Tensor, values: Any, group: dict[str, Any]) -> dict[str, Any]:
         if not isinstance(values, dict):
@@ -354,10 +330,12 @@ class FactoredOptimizer(Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """As torch's; gradients that wait for an update are in it, too."""
         result = super().state_dict()
-        if self._accumulated:
+        if self._progress.accumulated:
             params = [p for group in self.param_groups for p in group["params"]]
-            sums = {index: self._grad_sums[p] for index, p in enumerate(params) if p in self._grad_sums}
-            result["accumulation"] = {"steps": self._accumulated, "grad_sums": sums}
+            sums = {
+                index: self._progress.grad_sums[p] for index, p in enumerate(params) if p in self._progress.grad_sums
+            }
+            result["accumulation"] = {"steps": self._progress.accumulated, "grad_sums": sums}
         return result
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -384,7 +362,7 @@ class FactoredOptimizer(Optimizer):
             super().load_state_dict(state_dict)
         finally:
             last.remove()
-        self._accumulated, self._grad_sums = waiting["steps"], sums
+        self._progress = Progress(waiting["steps"], sums)
 
 
 class _Untouched:

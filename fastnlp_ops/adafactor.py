@@ -271,6 +271,9 @@ class Adafactor(FactoredOptimizer):
 
     def check_group(self, group: dict[str, Any]) -> None:
         """ValueError for an option of a group that is out of its range."""
+        for name in ("skip_nonfinite", "max_grad_norm", "accumulation_steps"):
+            if name in group:
+                raise ValueError(f"{name} must be an argument of Adafactor, it is of all groups at once")
         if group["lr"] is None and not group["relative_step"]:
             raise ValueError("lr must be given where relative_step is off, got None")
         check_options(group)

@@ -88,7 +88,7 @@ class PiecewiseLinearLR(LambdaLR):
         if not points or min(points) < 0:
             raise ValueError(f"points must be steps of at least 0 with their factors, got {dict(points)}")
         if any(group["lr"] is None or group.get("relative_step") for group in optimizer.param_groups):
-            raise ValueError("lr must be given for PiecewiseLinearLR, got None (relative_step=False takes one)")
+            raise ValueError("lr must be given for PiecewiseLinearLR (relative_step=False takes one)")
         self.points = sorted(({0: 0.0} | dict(points)).items())
         super().__init__(optimizer, self.factor, last_epoch)
 
@@ -191,8 +191,9 @@ class Lookahead:
     @torch.no_grad()
     def _follow(self, optimizer: Optimizer, *_: Any) -> None:
         params = [p for group in optimizer.param_groups for p in group["params"]]
-        updated = getattr(optimizer, "_updated", None)  # ours know; of others a GradScaler may
-        if updated is None:
+        progress = getattr(optimizer, "_progress", None)  # ours know; of others a GradScaler may
+        updated = progress and progress.updated
+        if progress is None:
             found_inf = getattr(optimizer, "found_inf", None)
             updated = self._has_gradients or any(p.grad is not None for p in params)
             updated = updated and (found_inf is None or found_inf == 0)

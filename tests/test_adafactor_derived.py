@@ -254,8 +254,11 @@ def test_piecewise_linear():
     for points in ({}, {-1: 1.0}):
         with pytest.raises(ValueError, match="points must be steps of at least 0 with their factors, got"):
             fastnlp_ops.PiecewiseLinearLR(optimizer, points)
-    with pytest.raises(ValueError, match="lr must be given for PiecewiseLinearLR, got None"):
+    with pytest.raises(ValueError, match="lr must be given for PiecewiseLinearLR"):
         fastnlp_ops.PiecewiseLinearLR(fastnlp_ops.Adafactor([p]), {1: 1.0})
+    relative = fastnlp_ops.Adafactor([{"params": [p], "lr": 0.1}])  # which makes no use of it
+    with pytest.raises(ValueError, match=r"lr must be given for PiecewiseLinearLR \(relative_step=False takes one\)"):
+        fastnlp_ops.PiecewiseLinearLR(relative, {1: 1.0})
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,7 @@ def snapshot(optimizer):
             "grads": [None if p.grad is None else p.grad.to_dense() for p in params],
             "state": [dict(optimizer.state.get(p, {})) for p in params],
             "groups": [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups],
-            "waiting": [optimizer._accumulated, [optimizer._grad_sums.get(p) for p in params]],
+            "waiting": [optimizer._progress.accumulated, [optimizer._progress.grad_sums.get(p) for p in params]],
         }
     )
 
@@ -188,6 +188,7 @@ def refused(name):
     yield "add a group: no dict", lambda o: o.add_param_group([nn.Parameter(torch.ones(2))]), TypeError
     yield "a closure", lambda o: o.step(lambda: [][0]), IndexError
     if name == "Adafactor":
+        yield "add a group: max_grad_norm", lambda o: o.add_param_group(group | {"max_grad_norm": 1.0}), ValueError
         yield "rounding in a step", with_option("rounding", "stochastik"), ValueError
         yield "rounding in a checkpoint", edited(lambda s: s["param_groups"][0].update({"rounding": 1})), ValueError
         yield "RMS", edited(lambda s: first(s).update({"RMS": torch.ones(3)})), ValueError

@@ -102,7 +102,7 @@ def ways():
             yield name, 6, "torch.distributed"
 
 
-@pytest.mark.parametrize(("name", "begin", "way"), ways())
+@pytest.mark.parametrize(("name", "begin", "way"), list(ways()))
 def test_resumes(name, begin, way):
     """From any step on, to the bit; also for parameters without gradients and optimizers without state."""
     model = Net()
@@ -283,15 +283,23 @@ def test_errors():
     step("SGD", model, optimizer, 1)
 
 
+@pytest.fixture
+def compiler():
+    """torch.compile without what other tests have compiled, of which it counts the graphs, nor for others to count."""
+    torch._dynamo.reset()
+    yield torch.compile
+    torch._dynamo.reset()
+
+
 @pytest.mark.parametrize("name", ["ours", "SGD"])
-def test_compile(name):
+def test_compile(name, compiler):
     """A compiled step follows as an eager one does."""
     model = Net()
     twin = copy.deepcopy(model)
     optimizer, other = build(name, model), build(name, twin)
     fastnlp_ops.Lookahead(optimizer, k=2)
     fastnlp_ops.Lookahead(other, k=2)
-    compiled = torch.compile(optimizer.step, backend="eager")
+    compiled = compiler(optimizer.step, backend="eager", fullgraph=name == "ours")
     for k in range(5):
         for p, q in zip(model.parameters(), twin.parameters(), strict=True):
             p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(k))
