@@ -26,7 +26,7 @@ def learning_rate_groups(
         >>> groups = fastnlp_ops.learning_rate_groups(model, {"crf": 100.0, "bias": 2.0}, lr=1e-3)
         >>> [(group["lr"], len(group["params"])) for group in groups]
         [(0.001, 1), (0.002, 1), (0.1, 3)]
-        >>> optimizers = torch.optim.AdamW(groups), fastnlp_ops.Adafactor(groups)
+        >>> optimizer = torch.optim.AdamW(groups)  # or fastnlp_ops.Adafactor(groups), or any other
 
     Args:
         model (Module): parameters that require no gradient are left out.
