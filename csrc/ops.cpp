@@ -85,7 +85,7 @@ STABLE_TORCH_LIBRARY(fastnlp_ops, m) {
       "bool tril_mask, int max_span_length, bool mask_zero) -> Tensor");
   m.def("global_pointer_decode(Tensor q, Tensor k, " SPAN_OPTIONS
         ", float threshold) -> (Tensor spans, Tensor scores)");
-  m.def("flat_spans(Tensor spans, Tensor scores, int sequences, int length) -> Tensor");
+  m.def("flat_spans(Tensor spans, Tensor scores, SymInt sequences, SymInt length) -> Tensor");
 #undef SPAN_OPTIONS
 #undef SPAN_GRADIENTS
 
