@@ -1,16 +1,18 @@
 """Compiled kernels for PyTorch NLP models. Every public function and class is importable from here."""
 
+import contextlib as _contextlib
 from importlib import metadata as _metadata
-from pathlib import Path as _Path
 
 import torch as _torch
 
-_folder = _Path(__file__).parent
-_torch.ops.load_library(_folder / "libfastnlp_cpu.so")
-if _torch.version.cuda is not None and (_folder / "libfastnlp_cuda.so").exists():
-    _torch.ops.load_library(_folder / "libfastnlp_cuda.so")
+from fastnlp_ops.libraries import library_path
 
-from fastnlp_ops import _triton, reference  # noqa: E402, F401  (what follows needs the ops)
+_torch.ops.load_library(library_path())
+if _torch.version.cuda is not None:
+    with _contextlib.suppress(FileNotFoundError):  # built for the CPU alone
+        _torch.ops.load_library(library_path("cuda"))
+
+from fastnlp_ops import _triton, export, reference  # noqa: E402, F401  (what follows needs the ops)
 from fastnlp_ops._ops import adafactor as _adafactor  # noqa: E402, F401
 from fastnlp_ops._ops import crf as _crf  # noqa: E402, F401
 from fastnlp_ops._ops import global_pointer as _global_pointer  # noqa: E402, F401
@@ -79,12 +81,14 @@ __all__ = [
     "crf_partial_log_likelihood",
     "crf_sample",
     "crf_viterbi",
+    "export",
     "global_pointer_decode",
     "global_pointer_divergence",
     "global_pointer_loss",
     "global_pointer_scores",
     "gplinker_decode",
     "learning_rate_groups",
+    "library_path",
     "linear_attention",
     "linear_attention_context_parallel",
     "linear_attention_step",

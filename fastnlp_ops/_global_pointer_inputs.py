@@ -148,39 +148,50 @@ def labels_to_cells(
     max_span_length: int,
     mask_zero: bool,
 ) -> Tensor:
+    """`label_cells`, checked. The kernel of an op, so that it may read values on a CPU where torch.compile traces."""
+    cells, rows, wrong = label_cells(labels, mask, batch, heads, length, tril_mask, max_span_length, mask_zero)
+    if labels.device.type == "cpu" and wrong.any():
+        sizes, found = (batch, heads, length, length), tuple(rows[wrong][0].tolist())
+        raise ValueError(f"labels must be (b, h, start, end) below {sizes}, or -1 or -100 for none, got {found}")
+    return cells
+
+
+def label_cells(
+    labels: Tensor,
+    mask: Tensor | None,
+    batch: int,
+    heads: int,
+    length: int,
+    tril_mask: bool,
+    max_span_length: int,
+    mask_zero: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     """Labels [B, H, P, 2] or [M, 4] -> `cells`, int64 [P'] sorted: ((b * H + h) * n + start) * n + end.
 
     A label that is padding, or no valid cell, becomes B * H * n * n, behind all cells. With mask_zero the cell (0, 0)
-    of every row belongs to neither sum: -1 - cell says so, before all cells. This is the kernel of an op, so that it
-    may read values on a CPU where torch.compile traces around it.
+    of every row belongs to neither sum: -1 - cell says so, before all cells. Beside the cells stand the labels as rows
+    [P', 4], and which of them are neither padding nor cells of the batch.
     """
-    spans = labels.reshape(-1, labels.shape[-1])[:, -2:].to(torch.int64)  # [P', 2]
-    padding = (spans == -1).any(1)
-    outside = ((spans < 0) | (spans >= length)).any(1)
     if labels.dim() == 4:
         row = torch.arange(batch * heads, device=labels.device)[:, None].expand(-1, labels.shape[2]).reshape(-1)
-        sequence, head = row // heads, row % heads
+        rows = torch.cat([torch.stack([row // heads, row % heads], 1), labels.reshape(-1, 2).to(torch.int64)], 1)
     else:
-        sequence, head = labels[:, :2].to(torch.int64).unbind(1)
-        padding |= (sequence == -1) | (head == -1)
-        outside |= (sequence < 0) | (sequence >= batch) | (head < 0) | (head >= heads)
-        row = sequence * heads + head
-    start, end = spans.unbind(1)
+        rows = labels.to(torch.int64)
+    sequence, head, start, end = rows.unbind(1)
+    spans = rows[:, 2:]
+    padding = ((rows == -1) | (rows == -100)).any(1)
+    outside = (spans >= length).any(1) | (rows < 0).any(1) | (sequence >= batch) | (head >= heads)
     if mask_zero:
-        padding |= (start == 0) & (end == 0)
-    wrong = outside & ~padding
-    if labels.device.type == "cpu" and wrong.any():
-        found = tuple(int(x[wrong][0]) for x in (sequence, head, start, end))
-        sizes = (batch, heads, length, length)
-        raise ValueError(f"labels must be (b, h, start, end) below {sizes}, or -1 for none, got {found}")
+        padding = padding | ((start == 0) & (end == 0))
     valid = ~(padding | outside)
     if tril_mask:
-        valid &= end >= start
+        valid = valid & (end >= start)
     if max_span_length > 0:
-        valid &= (end - start).abs() < max_span_length
+        valid = valid & ((end - start).abs() < max_span_length)
     if mask is not None and mask.numel():
-        valid &= mask[sequence.clamp(0, batch - 1)[:, None], spans.clamp(0, length - 1)].all(1)
-    cells = torch.where(valid, (row * length + start) * length + end, batch * heads * length * length)
+        valid = valid & mask[sequence.clamp(0, batch - 1)[:, None], spans.clamp(0, length - 1)].all(1)
+    cell = ((sequence * heads + head) * length + start) * length + end
+    cells = torch.where(valid, cell, batch * heads * length * length)
     if mask_zero:
         cells = torch.cat([cells, -1 - torch.arange(batch * heads, device=cells.device) * (length * length)])
-    return cells.sort().values
+    return cells.sort().values, rows, outside & ~padding

@@ -80,7 +80,8 @@ def _check_log_decay(log_decay: Tensor, q: Tensor, k: Tensor, feature_map: str |
         raise ValueError(f"log_decay must be None where feature_map is {feature_map}")
     shapes = [("Hkv",), ("B", "T", "Hkv")] if k.dim() == 4 else [("Hkv",), ("B", "Hkv")]
     sizes = [tuple(k.shape[-2:-1]), tuple(k.shape[:-1])]
-    if tuple(log_decay.shape) not in sizes:
+    # By the number of axes first: to compare a size of another axis would make a symbolic one a constant.
+    if not any(log_decay.dim() == len(size) and tuple(log_decay.shape) == size for size in sizes):
         kinds = " or ".join(f"[{', '.join(axes)}] = {size}" for axes, size in zip(shapes, sizes, strict=True))
         raise ValueError(f"log_decay must be {kinds}, got shape {tuple(log_decay.shape)}")
     _check_like("log_decay", log_decay, compute_dtype(q), q)

@@ -14,6 +14,8 @@ with log Z = log sum_y exp score(y). What the functions below share:
 - Arithmetic is float32, or float64 where a floating input is.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -272,7 +274,9 @@ def crf_sample(
             emissions, transitions, start_transitions, end_transitions, mask, cu_seqlens
         )
         shape = (num_samples, *e.shape[:-1])
-        uniforms = torch.rand(shape, generator=generator, device=e.device, dtype=torch.float32)
+        # With an argument `generator`, None or not, torch.rand takes no symbolic sizes.
+        source: dict[str, Any] = {} if generator is None else {"generator": generator}
+        uniforms = torch.rand(shape, device=e.device, dtype=torch.float32, **source)
         drawn: Tensor = ops.sample(e, t, start, end, mask, cu_seqlens, uniforms)
     return drawn
 

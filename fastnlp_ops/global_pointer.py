@@ -124,9 +124,9 @@ def global_pointer_loss(
         q, k, start_bias, end_bias, rope, position_ids: as in :func:`global_pointer_scores`.
         mask, tril_mask, max_span_length, scale: as in :func:`global_pointer_scores`.
         labels (Tensor[B, H, P, 2] or Tensor[M, 4]): integers: (start, end) of the P labels of every sequence and head,
-            or a list of (b, h, start, end). A -1 in a label marks it as padding. Labels that are given twice count
-            once; those at a cell that is not valid (masked, below the diagonal, too long) take no part. Dense or soft
-            labels: :func:`multilabel_categorical_crossentropy` of the scores.
+            or a list of (b, h, start, end). A -1 or -100 in a label marks it as padding. Labels that are given twice
+            count once; those at a cell that is not valid (masked, below the diagonal, too long) take no part. Dense or
+            soft labels: :func:`multilabel_categorical_crossentropy` of the scores.
         reduction (str): "none": [B, H]; "mean" over sequences and heads; "sum"; "batchmean": the sum over heads, the
             mean over sequences, as GPLinker trains.
         mask_zero (bool): labels are padded with zeros, as bert4keras pads them; the cell (0, 0), which no label can
@@ -255,6 +255,7 @@ def global_pointer_decode(
     scale: float | None = None,
     threshold: float = 0.0,
     top_k: int | None = None,
+    max_spans: int | None = None,
     nested: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """The spans whose score is above a threshold, and their scores, found on the device without a tensor of n x n.
@@ -272,16 +273,19 @@ def global_pointer_decode(
         mask, tril_mask, max_span_length, scale: as in :func:`global_pointer_scores`.
         threshold (float): spans score above it, strictly; 0 is that of the loss.
         top_k (int): keep the best k spans of each sequence, over all heads; None: all.
+        max_spans (int): as top_k, with results of one size, which a ``transformers.Trainer`` gathers from batches and
+            processes: see below. Not beside top_k.
         nested (bool): False: keep no two spans of a sequence, of any heads, that overlap: from the highest score down,
-            a span is kept where it overlaps none that is. This comes before top_k.
+            a span is kept where it overlaps none that is. This comes before top_k and max_spans.
 
     Returns:
         (spans, scores): int64 Tensor[M, 4] (b, h, start, end), sorted, ends inclusive; and Tensor[M], float32, or
         float64 for float64 inputs, without gradients. The calibrated probability of a span is
-        ``torch.sigmoid(2 * scores)``.
+        ``torch.sigmoid(2 * scores)``. With max_spans: int64 Tensor[B, max_spans, 4], row b being the spans of sequence
+        b, then rows of -100; and Tensor[B, max_spans], then -inf. ``spans[spans[:, :, 0] >= 0]`` is [M, 4] again.
 
     Raises:
-        ValueError: as :func:`global_pointer_scores`; top_k below 1; a threshold that is NaN.
+        ValueError: as :func:`global_pointer_scores`; top_k or max_spans below 1, or both; a threshold that is NaN.
         TypeError: for a dtype that is not listed.
 
     Precision:
@@ -292,8 +296,11 @@ def global_pointer_decode(
         As :func:`global_pointer_scores`. That sigmoid(2 s) is the probability: Su, https://kexue.fm/archives/9064
         (2022).
     """
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k must be at least 1, got {top_k}")
+    for name, count in (("top_k", top_k), ("max_spans", max_spans)):
+        if count is not None and count < 1:
+            raise ValueError(f"{name} must be at least 1, got {count}")
+    if top_k is not None and max_spans is not None:
+        raise ValueError("top_k must be None where max_spans is given")
     if threshold != threshold:
         raise ValueError(f"threshold must be a number, got {threshold}")
     with torch.no_grad():
@@ -302,9 +309,12 @@ def global_pointer_decode(
         if not nested:
             keep = ops.flat_spans(spans, scores, q.shape[0], q.shape[1])
             spans, scores = spans[keep], scores[keep]
-        if top_k is not None:
-            keep = _best(spans, scores, q.shape[0], top_k)
+        best = top_k if max_spans is None else max_spans
+        if best is not None:
+            keep = _best(spans, scores, q.shape[0], best)
             spans, scores = spans[keep], scores[keep]
+        if max_spans is not None:
+            return _padded(spans, scores, q.shape[0], max_spans)
     return spans, scores
 
 
@@ -312,7 +322,17 @@ def _best(spans: Tensor, scores: Tensor, sequences: int, top_k: int) -> Tensor:
     """Which spans are among the best top_k of their sequence, bool [M]; of equals the first."""
     by_score = scores.sort(descending=True, stable=True).indices
     order = by_score[spans[by_score, 0].sort(stable=True).indices]  # sequence after sequence, the best first
-    sequence = spans[order, 0]
-    first = torch.searchsorted(sequence, torch.arange(sequences, device=spans.device))  # of each sequence in `order`
-    rank = torch.arange(order.shape[0], device=spans.device) - first[sequence]
-    return torch.zeros_like(order, dtype=torch.bool).index_put((order,), rank < top_k)
+    return torch.zeros_like(order, dtype=torch.bool).index_put((order,), _place(spans[order, 0], sequences) < top_k)
+
+
+def _padded(spans: Tensor, scores: Tensor, sequences: int, width: int) -> tuple[Tensor, Tensor]:
+    """Sorted spans [M, 4] and scores [M], `width` of a sequence at most, as [B, width, 4] and [B, width]."""
+    place = (spans[:, 0], _place(spans[:, 0], sequences))
+    padded = spans.new_full((sequences, width, 4), -100).index_put(place, spans)
+    return padded, scores.new_full((sequences, width), -torch.inf).index_put(place, scores)
+
+
+def _place(sequence: Tensor, sequences: int) -> Tensor:
+    """How many of its own stand before each entry of a sorted list of sequences."""
+    first = torch.searchsorted(sequence, torch.arange(sequences, device=sequence.device))
+    return torch.arange(sequence.shape[0], device=sequence.device) - first[sequence]

@@ -93,6 +93,7 @@ class _SpanHead(nn.Module):
         max_span_length: int | None = None,
         threshold: float = 0.0,
         top_k: int | None = None,
+        max_spans: int | None = None,
         nested: bool = True,
     ) -> tuple[Tensor, Tensor]:
         """Spans above the threshold and their scores; see :func:`global_pointer_decode`."""
@@ -109,6 +110,7 @@ class _SpanHead(nn.Module):
             max_span_length=max_span_length,
             threshold=threshold,
             top_k=top_k,
+            max_spans=max_spans,
             nested=nested,
         )
 
@@ -159,9 +161,9 @@ class GlobalPointer(_SpanHead):
     Returns:
         ``layer(hidden_states, mask=None, *, position_ids, max_span_length)``: scores [B, H, n, n], -inf at cells that
         are not valid. ``layer.loss(hidden_states, labels, mask=None, *, ..., reduction, mask_zero)``: the loss, without
-        that tensor. ``layer.decode(hidden_states, mask=None, *, ..., threshold, top_k, nested)``: (spans int64 [M, 4],
-        scores [M]). ``layer.project(hidden_states)``: (q, k, start_bias, end_bias) for the functions, such as
-        :func:`global_pointer_divergence` and :func:`gplinker_decode`.
+        that tensor. ``layer.decode(hidden_states, mask=None, *, ..., threshold, top_k, max_spans, nested)``: (spans
+        int64 [M, 4], scores [M]). ``layer.project(hidden_states)``: (q, k, start_bias, end_bias) for the functions,
+        such as :func:`global_pointer_divergence` and :func:`gplinker_decode`.
 
     Raises:
         ValueError: for sizes below 1, an odd head_size with rope, hidden states that are not [B, n, hidden_size]; else

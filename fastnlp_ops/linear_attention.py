@@ -12,6 +12,9 @@ over all keys j, or where ``causal`` over j <= t. What the functions below share
 - Sums are float32 (float64 for float64 inputs), whatever the dtype of the inputs.
 """
 
+from typing import Any
+
+import torch
 from torch import Tensor
 
 from fastnlp_ops._linear_attention_inputs import kernel_inputs, step_inputs
@@ -164,5 +167,31 @@ def linear_attention_step(
         As :func:`linear_attention`: equations (18) to (20).
     """
     inputs, factor = step_inputs(q, k, v, state, feature_map, normalize, scale, eps, log_decay)
+    if torch.compiler.is_exporting():  # the same without writing in place, which has no form in another program
+        return _step_and_copy(q, k, v, state, log_decay, feature_map, normalize, scale, eps)
     out: Tensor = step(*inputs)
     return out if factor == 1 else out * factor
+
+
+def _step_and_copy(
+    q: Tensor, k: Tensor, v: Tensor, state: LinearAttentionState, log_decay: Tensor | None, *options: Any
+) -> Tensor:
+    """`linear_attention_step` as a text of one token, whose state is copied over the old one."""
+    feature_map, normalize, scale, eps = options
+    out, after = linear_attention(
+        q[:, None],
+        k[:, None],
+        v[:, None],
+        feature_map=feature_map,
+        causal=True,
+        normalize=normalize,
+        scale=scale,
+        eps=eps,
+        log_decay=log_decay if log_decay is None or log_decay.dim() == 1 else log_decay[:, None],
+        initial_state=state,
+        return_state=True,
+    )
+    for own, new in zip(state, after, strict=True):
+        if own is not None:
+            own.copy_(new)
+    return out[:, 0]

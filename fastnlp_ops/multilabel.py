@@ -88,7 +88,8 @@ def sparse_multilabel_categorical_crossentropy(
 
     Args:
         scores (Tensor[..., C]): as in :func:`multilabel_categorical_crossentropy`.
-        indices (Tensor[..., P]): integers in [0, C), -1 for none, in any order; one that is given twice counts once.
+        indices (Tensor[..., P]): integers in [0, C), -1 or -100 for none, in any order; one that is given twice
+            counts once.
         mask_zero (bool): index 0 is padding, as bert4keras pads, and class 0 takes no part.
         reduction (str): as in :func:`multilabel_categorical_crossentropy`.
 

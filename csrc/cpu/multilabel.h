@@ -24,7 +24,7 @@ struct MultilabelWork {
   DType scores_dtype;
   int64_t scores_stride;  // elements from row to row
   Labels kind;
-  const void* labels;  // dense: Bool [R, C]; soft: C [R, C]; sparse: int64 [R, P], -1 for none
+  const void* labels;  // dense: Bool [R, C]; soft: C [R, C]; sparse: int64 [R, P], negative for none
   int64_t indices;     // P
 
   const void* dloss = nullptr;  // C [R], and what else backward reads:

@@ -64,8 +64,9 @@ struct Call {
     if (work.kind != Labels::sparse) return;
     const int64_t* index = static_cast<const int64_t*>(work.labels);
     for (int64_t i = 0; i < work.rows * work.indices; ++i)
-      check(index[i] >= -1 && index[i] < work.classes, "indices must be in [0, ", work.classes, ") or -1, got index ",
-            index[i], " at row ", i / work.indices, ", position ", i % work.indices);
+      check((index[i] >= -1 || index[i] == -100) && index[i] < work.classes, "indices must be in [0, ", work.classes,
+            "), or -1 or -100 for none, got index ", index[i], " at row ", i / work.indices, ", position ",
+            i % work.indices);
   }
 };
 

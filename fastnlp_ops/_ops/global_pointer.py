@@ -153,7 +153,7 @@ def _plain_scores_backward(dscores: Tensor, q: Tensor, k: Tensor, start: Any, en
     return _complete(found, dscores)
 
 
-def _dense(cells: Tensor, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
+def dense_cells(cells: Tensor, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
     """Cells that are labels, and those that are in neither sum: bool of `shape` each."""
     count = math.prod(shape)
 
@@ -168,7 +168,7 @@ def _plain_loss(q: Tensor, k: Tensor, cells: Tensor, start: Any, end: Any, *othe
     mask, position_ids, rope, tril_mask, max_span_length, scale = others[:6]
     scores = reference.plain_scores(q, k, start, end, rope, position_ids, mask, scale)
     valid = reference.valid_cells(q, mask, tril_mask, _longest(max_span_length))
-    positive, neither = _dense(cells, scores.shape)
+    positive, neither = dense_cells(cells, scores.shape)
     return *reference.loss_log_sums(scores, positive, valid & ~neither), scores.new_empty(0)
 
 

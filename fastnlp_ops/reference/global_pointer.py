@@ -247,9 +247,13 @@ def global_pointer_decode(
     scale: float | None = None,
     threshold: float = 0.0,
     top_k: int | None = None,
+    max_spans: int | None = None,
     nested: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """Spans int64 [M, 4] (b, h, start, end) with s > threshold, sorted, and their scores [M] in the compute type."""
+    """Spans int64 [M, 4] (b, h, start, end) with s > threshold, sorted, and their scores [M] in the compute type.
+
+    With max_spans: [B, max_spans, 4] and [B, max_spans], where rows of -100 and -inf stand behind those of a sequence.
+    """
     with torch.no_grad():
         scores = plain_scores(q, k, start_bias, end_bias, rope, position_ids, mask, scale)
         scores = torch.where(valid_cells(q, mask, tril_mask, max_span_length), scores, -math.inf)
@@ -258,7 +262,15 @@ def global_pointer_decode(
         if not nested:
             keep = flat_spans(spans, found)
             spans, found = spans[keep], found[keep]
-        if top_k is not None:
-            keep = best_spans(spans, found, top_k)
+        best = top_k if max_spans is None else max_spans
+        if best is not None:
+            keep = best_spans(spans, found, best)
             spans, found = spans[keep], found[keep]
-        return spans, found
+        if max_spans is None:
+            return spans, found
+        padded = torch.full((len(q), max_spans, 4), -100, device=q.device)
+        padded_scores = found.new_full((len(q), max_spans), -math.inf)
+        for b in range(len(q)):
+            own = spans[:, 0] == b
+            padded[b, : own.sum()], padded_scores[b, : own.sum()] = spans[own], found[own]
+        return padded, padded_scores

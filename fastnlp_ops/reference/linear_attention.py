@@ -272,7 +272,7 @@ def attend(
     q, k, v = (x.to(compute_dtype(x)) for x in (q, k, v))
     cu_seqlens_q = cu_seqlens_k if cu_seqlens_q is None else cu_seqlens_q
     cu_seqlens_k = cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k
-    sequences = len(q) if cu_seqlens_q is None else len(cu_seqlens_q) - 1
+    sequences = q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
     state = empty_state(sequences, k, v, name) if initial_state is None else initial_state
     on = torch.ones(k.shape[:2], dtype=torch.bool, device=k.device) if key_padding_mask is None else key_padding_mask
     g = None if log_decay is None else log_decay.expand(k.shape[:3]).transpose(1, 2)  # [B, Hkv, T]

@@ -97,7 +97,7 @@ def indices_to_labels(scores: Tensor, indices: Tensor) -> Tensor:
 def sparse_multilabel_categorical_crossentropy(
     scores: Tensor, indices: Tensor, *, mask_zero: bool = False, reduction: str = "mean"
 ) -> Tensor:
-    """The same for labels as indices [..., P], -1 for none. mask_zero: 0 is none too, and class 0 takes no part."""
+    """The same for labels as indices [..., P], -1 or -100 for none. mask_zero: so is 0; class 0 takes no part."""
     labels = indices_to_labels(scores, indices)
     if mask_zero:
         scores, labels = scores[..., 1:], labels[..., 1:]
