@@ -327,7 +327,8 @@ def _best(spans: Tensor, scores: Tensor, sequences: int, top_k: int) -> Tensor:
 
 def _padded(spans: Tensor, scores: Tensor, sequences: int, width: int) -> tuple[Tensor, Tensor]:
     """Sorted spans [M, 4] and scores [M], `width` of a sequence at most, as [B, width, 4] and [B, width]."""
-    place = (spans[:, 0], _place(spans[:, 0], sequences))
+    sequence = spans[:, 0].contiguous()
+    place = (sequence, _place(sequence, sequences))
     padded = spans.new_full((sequences, width, 4), -100).index_put(place, spans)
     return padded, scores.new_full((sequences, width), -torch.inf).index_put(place, scores)
 
