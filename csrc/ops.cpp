@@ -85,7 +85,8 @@ STABLE_TORCH_LIBRARY(fastnlp_ops, m) {
       "bool tril_mask, int max_span_length, bool mask_zero) -> Tensor");
   m.def("global_pointer_decode(Tensor q, Tensor k, " SPAN_OPTIONS
         ", float threshold) -> (Tensor spans, Tensor scores)");
-  m.def("flat_spans(Tensor spans, Tensor scores, SymInt sequences, SymInt length) -> Tensor");
+  // q is read for its sizes [B, n, ...]: torch 2.10 hands no symbolic ones to C++.
+  m.def("flat_spans(Tensor spans, Tensor scores, Tensor q) -> Tensor");
 #undef SPAN_OPTIONS
 #undef SPAN_GRADIENTS
 

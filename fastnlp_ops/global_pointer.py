@@ -307,7 +307,7 @@ def global_pointer_decode(
         inputs = kernel_inputs(q, k, start_bias, end_bias, rope, position_ids, mask, tril_mask, max_span_length, scale)
         spans, scores = ops.decode(*inputs, float(threshold))
         if not nested:
-            keep = ops.flat_spans(spans, scores, q.shape[0], q.shape[1])
+            keep = ops.flat_spans(spans, scores, q)
             spans, scores = spans[keep], scores[keep]
         best = top_k if max_spans is None else max_spans
         if best is not None:

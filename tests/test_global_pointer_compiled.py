@@ -42,7 +42,7 @@ def launch_all(dtype, head_size, shared):
     global_pointer_divergence.global_pointer_divergence(*one, *one, *options)
     global_pointer_divergence.global_pointer_divergence_backward(rows, *one, *one, *options)
     spans, scores = global_pointer_decode.global_pointer_decode(*one, *options, 0.0)
-    global_pointer_decode.flat_spans(spans, scores, B, n)
+    global_pointer_decode.flat_spans(spans, scores, q)
 
 
 def launch_multilabel(dtype):

@@ -68,13 +68,14 @@ void keep_flat(const int64_t* spans, const C* scores, const std::vector<int64_t>
   });
 }
 
-Tensor flat_spans(Tensor spans, Tensor scores, int64_t sequences, int64_t length) {
+Tensor flat_spans(Tensor spans, Tensor scores, Tensor q) {
   check(spans.dim() == 2 && spans.size(1) == 4, "spans must be [M, 4], got ", shape_of(spans));
   const int64_t count = spans.size(0);
   check_dense(spans, "spans", {count, 4}, ScalarType::Long, spans);
   const bool wide = scores.scalar_type() == ScalarType::Double;
   check_dense(scores, "scores", {count}, wide ? ScalarType::Double : ScalarType::Float, spans);
-  check(sequences >= 0 && length >= 0, "sequences and length must be at least 0, got ", sequences, " and ", length);
+  check(q.dim() >= 2, "q must be [B, n, ...], got ", shape_of(q));
+  const int64_t sequences = q.size(0), length = q.size(1);
   check(sequences <= INT32_MAX && length <= INT32_MAX, "sequences and length must be below 2^31, got ", sequences,
         " and ", length);
   const int64_t* span = spans.const_data_ptr<int64_t>();

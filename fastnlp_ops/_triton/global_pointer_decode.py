@@ -153,9 +153,9 @@ def flat_spans_kernel(
         tl.debug_barrier()  # other threads read `reach` next
 
 
-def flat_spans(spans: Tensor, scores: Tensor, sequences: int, length: int) -> Tensor:
+def flat_spans(spans: Tensor, scores: Tensor, q: Tensor) -> Tensor:
     """Which spans to keep, bool [M]: greedy by score; of equals the first."""
-    found = spans.shape[0]
+    found, (sequences, length) = spans.shape[0], q.shape[:2]
     check_tensor("spans", spans, (found, 4), torch.int64, spans)
     check(tuple(scores.shape) == (found,), f"scores must have shape ({found},), got shape {tuple(scores.shape)}")
     keep = torch.zeros(found, dtype=torch.bool, device=spans.device)

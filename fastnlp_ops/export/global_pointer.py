@@ -61,8 +61,9 @@ def global_pointer_decode(
     return spans, scores[spans.unbind(1)]
 
 
-def flat_spans(spans: Tensor, scores: Tensor, sequences: int, length: int) -> Tensor:
+def flat_spans(spans: Tensor, scores: Tensor, q: Tensor) -> Tensor:
     """A scan over the spans by falling score, with the tokens of the batch that are taken."""
+    sequences, length = q.shape[:2]
     order = scores.sort(descending=True, stable=True).indices
     sequence, _, start, end = spans[order].unbind(1)
     first = sequence * length + torch.minimum(start, end)
