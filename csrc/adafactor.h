@@ -41,7 +41,8 @@ struct AdafactorGroup {
 };
 constexpr int64_t kAdafactorOptions = sizeof(AdafactorGroup) / sizeof(double);
 
-// What one call does, as bits: a caller that reduces `sums` between ranks makes several calls. 0: arguments are checked.
+// What one call does, as bits: a caller that reduces `sums` between ranks makes several calls. 0: arguments are
+// checked.
 enum AdafactorPhase : int64_t {
   kAdafactorRows = 1,     // row sums, sum p^2, sum g^2
   kAdafactorColumns = 2,  // column sums, from complete row sums
