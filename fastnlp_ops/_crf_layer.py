@@ -7,17 +7,16 @@ from torch import Tensor, nn
 
 from fastnlp_ops import _host
 from fastnlp_ops._crf_inputs import check_mask, check_tags
+from fastnlp_ops._ops._autograd import is_eager
 
 
 def is_concrete(tensor: Tensor) -> bool:
     """Whether a tensor has values of its own: not one that a compiler, tracer, transform or memory estimator runs."""
     return (
-        not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()
+        is_eager()
         and type(tensor) in (Tensor, nn.Parameter)
         and not tensor.is_meta
         and torch._C._len_torch_dispatch_stack() == 0
-        and not torch._C._are_functorch_transforms_active()
     )
 
 

@@ -16,7 +16,6 @@ from fastnlp_ops._crf_layer import (
 )
 from fastnlp_ops._ops import crf as crf_ops
 from fastnlp_ops._ops import memm as ops
-from fastnlp_ops._ops._autograd import is_eager
 
 
 def memm_log_likelihood(
@@ -332,7 +331,7 @@ def _normaliser(e: Tensor, matrix: Tensor) -> Tensor:
     N = e.size(2)
     readable = e.device.type == "cpu"
     if not torch.jit.is_scripting():
-        readable = readable and is_eager() and is_concrete(e)
+        readable = readable and is_concrete(e)
     if readable:
         # One float64 product. It is right unless a sum is so small that terms of it may have vanished, which asks for
         # scores some 1300 nats apart, or -inf; looking at the sums would make the host wait for a GPU.
