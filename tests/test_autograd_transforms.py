@@ -153,6 +153,41 @@ def test_vmap(name, device):
     assert_close(curvature, stacked(each, lambda x: jvp_with(plain)(*x)))
 
 
+MASKED = {
+    "crf_log_partition": lambda module, mask, e, t: module.crf_log_partition(e, t, mask=mask),
+    "crf_log_likelihood": lambda module, mask, e, t: module.crf_log_likelihood(e, TAGS.to(e.device), t, mask=mask),
+    "crf_marginals": lambda module, mask, e, t: module.crf_marginals(e, t, mask=mask),
+    "crf_entropy": lambda module, mask, e, t: module.crf_entropy(e, t, mask=mask),
+    "crf_viterbi": lambda module, mask, e, t: module.crf_viterbi(e, t, mask=mask)[1],
+    "memm_log_likelihood": lambda module, mask, e, t: module.memm_log_likelihood(e, TAGS.to(e.device), t, mask=mask),
+    "global_pointer_divergence": lambda module, mask, e, t: module.global_pointer_divergence(
+        *(x[:, :, None] for x in (e, e.sin(), e @ t, e.cos())), rope=False, mask=mask
+    ),
+    "linear_attention": lambda module, mask, e, t: module.linear_attention(
+        *(x[:, :, None] for x in (e, e.sin(), e @ t)), causal=True, key_padding_mask=mask
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MASKED)
+def test_vmap_over_masks(name, device):
+    masks = torch.stack([MASK, MASK.flip(0), MASK.flip(1)]).to(device)
+    emissions = torch.randn(3, B, T, 3, dtype=torch.float64, device=device)
+    transitions = torch.randn(3, 3, dtype=torch.float64, device=device)
+
+    def both(module):
+        call = functools.partial(MASKED[name], module)
+
+        def slopes(mask, e):
+            own = functools.partial(call, mask)
+            return grad(summed(own), (0, 1))(e, transitions), jvp_with(own)(e, transitions)
+
+        return slopes
+
+    found = vmap(both(fastnlp_ops))(masks, emissions)
+    assert_close(found, stacked(list(zip(masks, emissions, strict=True)), lambda x: both(reference)(*x)))
+
+
 def jvp_with(call):
     return lambda *leaves: jvp(call, leaves, tangents(leaves))
 

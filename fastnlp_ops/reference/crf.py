@@ -79,6 +79,11 @@ class Chains(NamedTuple):
         return flat[:count].reshape(*like.shape[:-1], *values.shape[2:])
 
 
+def rows_of(table: Tensor, index: Tensor) -> Tensor:
+    """table[index]; the derivative of that in forward mode would not be known to vmap."""
+    return table.index_select(0, index.flatten()).unflatten(0, index.shape)
+
+
 def compact(
     emissions: Tensor,
     transitions: Tensor,
@@ -112,14 +117,14 @@ def compact(
     rows = torch.where(exists, first + position, count)
     # What does not exist reads a row of zeros behind the last one, so no masked value takes part in anything.
     flat = emissions.reshape(count, N).to(dtype)
-    compacted = torch.cat([flat, flat.new_zeros(1, N)])[rows]
+    compacted = rows_of(torch.cat([flat, flat.new_zeros(1, N)]), rows)
     if transitions.dim() == 2:
         matrices = transitions.to(dtype)[None, None]
     else:
         B, steps = transitions.shape[:2]
         flat = transitions.reshape(B * steps, N, N).to(dtype)
         index = torch.arange(B, device=device)[:, None] * steps + position[:, 1:] - 1
-        matrices = torch.cat([flat, flat.new_zeros(1, N, N)])[torch.where(exists[:, 1:], index, B * steps)]
+        matrices = rows_of(torch.cat([flat, flat.new_zeros(1, N, N)]), torch.where(exists[:, 1:], index, B * steps))
         if matrices.shape[1] == 0:  # a single step has nothing to enter; keep the graph connected
             matrices = matrices.sum() + matrices.new_zeros(1, 1, N, N)
     zeros = flat.new_zeros(N)
