@@ -59,4 +59,6 @@ def tag_lists(paths: Tensor) -> list[list[int]]:
     """Every path as a list, without its -1."""
     if torch.compiler.is_exporting() or torch.jit.is_tracing() or type(paths) is not Tensor:
         raise RuntimeError("decode returns Python lists, which no graph holds: export or trace viterbi instead")
+    if torch._C._are_functorch_transforms_active():
+        raise RuntimeError("decode returns Python lists, which torch.func has no place for: call viterbi instead")
     return _host.paths_to_lists(paths.cpu().numpy())

@@ -50,14 +50,17 @@ def test_samples(device):
 def test_layers_decode_in_vmap(device):
     crf, memm = fastnlp_ops.CRF(4, batch_first=True).to(device), fastnlp_ops.MEMM(4, batch_first=True).to(device)
     emissions = torch.randn(3, 2, 4, 4, device=device)
-    mask = MASK.to(device).clone()
-    mask[:, 0] = True
+    masks = torch.stack([MASK, MASK.flip(0), torch.ones_like(MASK)]).to(device)
     for call in (crf.viterbi, memm.viterbi):
-        paths, scores = vmap(call, in_dims=(0, None))(emissions, mask)
-        for i, e in enumerate(emissions):
-            assert torch.equal(paths[i], call(e, mask)[0]) and torch.allclose(scores[i], call(e, mask)[1])
-    marginals = vmap(crf.marginals, in_dims=(0, None))(emissions, mask)
-    assert torch.allclose(marginals, torch.stack([crf.marginals(e, mask) for e in emissions]))
+        paths, scores = vmap(call)(emissions, masks)
+        for i, sample in enumerate(zip(emissions, masks, strict=True)):
+            assert torch.equal(paths[i], call(*sample)[0]) and torch.allclose(scores[i], call(*sample)[1])
+    marginals = vmap(crf.marginals)(emissions, masks)
+    samples = zip(emissions, masks, strict=True)
+    assert torch.allclose(marginals, torch.stack([crf.marginals(*sample) for sample in samples]))
+    for layer in (crf, memm):
+        with pytest.raises(RuntimeError, match="decode returns Python lists"):
+            vmap(layer.decode)(emissions)
 
 
 def spans(q):

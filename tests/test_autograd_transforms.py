@@ -94,6 +94,13 @@ def grad_under_autograd(call, leaves):
     return torch.autograd.grad(sum((x * (1 + i)).sin().sum() for i, x in enumerate(inner)), leaves, **UNUSED)
 
 
+def hessian_of_autograd(call, leaves):
+    """That of torch.autograd.functional, forward over reverse, by the first leaf."""
+    first, *others = leaves
+    options = {"outer_jacobian_strategy": "forward-mode", "vectorize": True}
+    return torch.autograd.functional.hessian(lambda x: call(x, *others).sin().sum(), first, **options)
+
+
 TRANSFORMS = {
     "grad": everything(grad),
     "vjp": vjp_of,
@@ -108,6 +115,7 @@ TRANSFORMS = {
     "dual_numbers": dual_numbers,
     "dual_numbers_in_backward": dual_numbers_in_backward,
     "forward_over_reverse": forward_over_reverse,
+    "hessian_of_autograd": hessian_of_autograd,
 }
 
 
