@@ -7,7 +7,7 @@ import torch
 import fastnlp_ops
 
 # Draws take 0.1 to 0.3 s, most of it in the reference.
-COUNTS = {"crf": 40, "memm": 15, "global_pointer": 20, "multilabel": 25, "linear_attention": 25, "adafactor": 10}
+COUNTS = {"crf": 30, "memm": 10, "global_pointer": 15, "multilabel": 20, "linear_attention": 15, "adafactor": 10}
 
 
 @pytest.mark.parametrize("part", range(5))

@@ -197,11 +197,3 @@ def test_probability(device):
 
     optimizer.step(closure)
     assert torch.allclose(torch.sigmoid(2 * s), t, atol=1e-5)
-
-
-@pytest.mark.parametrize(("sequences", "length"), [(2**63 - 1, 5), (5, 2**63 - 1), (2**31, 2**31)])
-def test_errors_of_flat_spans(sequences, length):
-    """The op takes sizes by their word: ones that no tensor has are refused before anything is counted with them."""
-    arguments = torch.zeros(1, 4, dtype=torch.int64), torch.zeros(1)
-    with pytest.raises(ValueError, match=r"sequences and length must be below 2\^31"):
-        torch.ops.fastnlp_ops.flat_spans(*arguments, sequences, length)

@@ -22,6 +22,7 @@ RUNS = {
     "float64": ("test_global_pointer.py", "(test_forward or test_backward) and f64 and (prime or efficient)", 6),
     "decoding": ("test_global_pointer_decode.py", "not compile and not memory", 10),
     "multilabel": ("test_multilabel.py", "(test_forward or test_backward) and f32", 10),
+    "bytes of bools": ("test_bools.py", "few and (span or multilabel or attention or decay)", 8),
 }
 
 
