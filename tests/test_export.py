@@ -29,6 +29,7 @@ GROUPS = {
     "steps": [name for name in PROGRAMS if name.startswith("step_")],
     "attention_layers": [name for name in PROGRAMS if name.startswith("LinearAttention")],
 }
+QUICK = ("paths", "padded_spans", "steps")
 OF_TORCH = pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated:FutureWarning")
 PACKED = [name for name, program in PROGRAMS.items() if program.packed]
 
@@ -87,7 +88,9 @@ def test_fake_tensors(name):
         assert all(size == found for size, found in zip(own.shape, other.shape, strict=True) if isinstance(size, int))
 
 
-@pytest.mark.parametrize("name", GROUPS)
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.long) for name in GROUPS]
+)
 @OF_TORCH
 def test_export(name):
     """At other sizes: the program, its decomposition, and that in onnxruntime."""
