@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastnlp_ops._layout import check_dense
 from fastnlp_ops._ops import crf as ops
 from fastnlp_ops._ops._autograd import is_eager
 
@@ -69,12 +70,6 @@ def _check(
             raise ValueError(
                 f"cu_seqlens must be on the device of emissions, {emissions.device}, got {cu_seqlens.device}"
             )
-
-
-def check_dense(name: str, tensor: Tensor) -> None:
-    if tensor.layout != torch.strided or tensor.is_nested:
-        kind = "nested" if tensor.is_nested else str(tensor.layout)
-        raise TypeError(f"{name} must be a dense tensor, got {kind}")
 
 
 def check_mask(mask: Tensor, emissions: Tensor) -> None:

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastnlp_ops._layout import check_dense
+
 _FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
@@ -14,6 +16,7 @@ def shape_of(tensor: Tensor) -> str:
 
 
 def _check_projection(name: str, x: Tensor, rope: bool) -> None:
+    check_dense(name, x)
     if x.dim() != 4:
         raise ValueError(f"{name} must be [B, n, H, d], got {shape_of(x)}")
     if x.shape[2] == 0 or x.shape[3] == 0:
@@ -29,6 +32,7 @@ def _check_dtype(name: str, x: Tensor) -> None:
 
 
 def _check_like(name: str, x: Tensor, axes: str, shape: tuple[int, ...], like: str, q: Tensor) -> None:
+    check_dense(name, x)
     if tuple(x.shape) != shape:
         raise ValueError(f"{name} must be {axes} = {shape}, got {shape_of(x)}")
     if x.device != q.device:
@@ -129,6 +133,7 @@ def kernel_inputs(
 
 
 def check_labels(labels: Tensor, q: Tensor, heads: int) -> None:
+    check_dense("labels", labels)
     B = q.shape[0]
     padded = labels.dim() == 4 and (*labels.shape[:2], labels.shape[3]) == (B, heads, 2)
     if not padded and (labels.dim() != 2 or labels.shape[1] != 4):

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastnlp_ops._layout import check_dense
 from fastnlp_ops.linear_attention_state import LinearAttentionState
 from fastnlp_ops.reference.linear_attention import EXPONENTIAL, FEATURE_MAPS, causal_softmax, compute_dtype
 
@@ -13,6 +14,7 @@ _FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 def _check_shape(name: str, x: Tensor, axes: tuple[str, ...], sizes: tuple[int | None, ...]) -> None:
     """Raises unless x has these axes; a size of None is any."""
+    check_dense(name, x)
     if x.dim() == len(axes) and all(size is None or size == found for size, found in zip(sizes, x.shape, strict=True)):
         return
     wanted = f"[{', '.join(axes)}]"
@@ -65,6 +67,7 @@ def _check_cu_seqlens(q: Tensor, k: Tensor, cu_seqlens_q: Tensor | None, cu_seql
     for name, x in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
         if x is None:
             continue
+        check_dense(name, x)
         if x.dim() != 1 or x.shape[0] == 0:
             raise ValueError(f"{name} must be [N + 1], got shape {tuple(x.shape)}")
         if x.dtype not in (torch.int32, torch.int64):
@@ -78,6 +81,7 @@ def _check_cu_seqlens(q: Tensor, k: Tensor, cu_seqlens_q: Tensor | None, cu_seql
 def _check_log_decay(log_decay: Tensor, q: Tensor, k: Tensor, feature_map: str | None) -> None:
     if feature_map in EXPONENTIAL:
         raise ValueError(f"log_decay must be None where feature_map is {feature_map}")
+    check_dense("log_decay", log_decay)
     shapes = [("Hkv",), ("B", "T", "Hkv")] if k.dim() == 4 else [("Hkv",), ("B", "Hkv")]
     sizes = [tuple(k.shape[-2:-1]), tuple(k.shape[:-1])]
     # By the number of axes first: to compare a size of another axis would make a symbolic one a constant.

@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastnlp_ops._crf_inputs import check_dense, kernel_inputs, log_likelihood, needs_grad, shape_of, viterbi
+from fastnlp_ops._crf_inputs import kernel_inputs, log_likelihood, needs_grad, shape_of, viterbi
+from fastnlp_ops._layout import check_dense
 from fastnlp_ops._ops import crf as ops
 
 

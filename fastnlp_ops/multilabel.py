@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fastnlp_ops._global_pointer_inputs import check_integers, shape_of
+from fastnlp_ops._layout import check_dense
 from fastnlp_ops._ops import multilabel as ops
 from fastnlp_ops._ops._autograd import is_dual
 from fastnlp_ops._reduction import check_reduction, reduce_rows
@@ -56,6 +57,7 @@ def multilabel_categorical_crossentropy(scores: Tensor, labels: Tensor, *, reduc
     """
     check_reduction(reduction)
     _check_scores(scores)
+    check_dense("labels", labels)
     if labels.shape != scores.shape:
         raise ValueError(f"labels must be [..., C] = {tuple(scores.shape)} as scores, got {shape_of(labels)}")
     _check_device("labels", labels, scores)
@@ -112,6 +114,7 @@ def sparse_multilabel_categorical_crossentropy(
     """
     check_reduction(reduction)
     _check_scores(scores)
+    check_dense("indices", indices)
     if indices.shape[:-1] != scores.shape[:-1] or indices.dim() == 0:
         raise ValueError(f"indices must be [..., P] with {tuple(scores.shape[:-1])}, got {shape_of(indices)}")
     check_integers("indices", indices)
@@ -123,6 +126,7 @@ def sparse_multilabel_categorical_crossentropy(
 
 
 def _check_scores(scores: Tensor) -> None:
+    check_dense("scores", scores)
     if scores.dim() == 0:
         raise ValueError(f"scores must be [..., C], got {shape_of(scores)}")
     if scores.dtype not in (torch.float32, torch.float64, torch.float16, torch.bfloat16):

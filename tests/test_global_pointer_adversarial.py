@@ -433,5 +433,4 @@ def test_memory(n, H, device):
     assert result.returncode == 0, result.stderr
     value, spans, growth = map(float, result.stdout.split())
     assert 0 < value < 1000 and spans > 0
-    # What the forward pass saved and the gradients are 1 each; the allocator may hold back what was freed.
-    assert growth <= 3.2, f"memory grew by {growth:.1f} times q and k"
+    assert growth <= 3, f"memory grew by {growth:.1f} times q and k"
