@@ -17,8 +17,8 @@ demo: $(BUILT)  ## train a tagger on Python source, then with three optimizers (
 	$(BIN)/python examples/label_python.py $(if $(QUICK),--quick)
 	$(BIN)/python examples/compare_optimizers.py $(if $(QUICK),--quick)
 
-test: $(BUILT)  ## run every test (QUICK=1: without the long ones; ARGS="-k viterbi": some)
-	$(BIN)/python -m pytest $(if $(QUICK),-m "not long") $(ARGS)
+test: $(BUILT)  ## run every test, two at a time (QUICK=1: without the long ones; ARGS="-k viterbi": some)
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(if $(QUICK),-m "not long") $(ARGS)
 
 fuzz: $(BUILT)  ## random problems against the reference for MINUTES=n (1), with new seeds each time
 	$(BIN)/python tests/fuzz.py --minutes $(or $(MINUTES),1) $(ARGS)
