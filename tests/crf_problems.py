@@ -269,8 +269,8 @@ def own_scores(problem, paths):
     score = reference.crf_score(emissions, paths, *rest, **problem.layout)
     terms = [x.nan_to_num(0, 0, 0).abs().flatten() for x in (emissions, *rest) if x is not None]
     size = torch.cat([*terms, torch.ones(1, device=emissions.device)]).max().item()
-    T = problem.emissions.shape[-2]  # 2 T + 1 partial sums, none larger than as many terms
-    return score, (2 * T + 1) ** 2 * size * torch.finfo(compute_dtype(problem)).eps
+    terms = 2 * problem.emissions.shape[-2] + 1  # the k-th partial sum is at most k terms, and off by eps / 2 of itself
+    return score, terms * (terms + 1) / 4 * size * torch.finfo(compute_dtype(problem)).eps
 
 
 def padding_of(problem):
